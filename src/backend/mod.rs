@@ -1,0 +1,390 @@
+//! The [`Backend`] trait: about thirty transformer operations over typed buffers, and nothing else.
+//!
+//! Every activation is `[rows, features]`, row-major and contiguous; the number of rows is a buffer's length over the
+//! feature count. There are no strides, no broadcasting and no graph. An op's mathematics is stated once, here; [`naive`]
+//! is the same statement as code, in f64. Provided methods compose small ops and are what fused overrides are tested
+//! against.
+//!
+//! Precision is settled by two associated types: [`Backend::Acc`] for the residual stream and everything reduced, and
+//! [`Backend::Act`] for the operands of matrix products.
+//!
+//! Row independence: a row's result never depends on how many rows are in the pass.
+
+pub mod cpu;
+pub mod naive;
+
+use std::ops::Range;
+
+use crate::dtype::Elem;
+use crate::error::Result;
+use crate::model::config::Activation;
+use crate::tensor::HostTensor;
+
+/// A typed run of elements on a device, borrowed by range.
+pub trait Buffer<T: Elem>: Send + Sync {
+    /// A shared view; on the CPU a slice.
+    type View<'a>: Copy
+    where
+        Self: 'a;
+    /// An exclusive view; on the CPU a mutable slice.
+    type ViewMut<'a>
+    where
+        Self: 'a;
+    /// Elements.
+    fn len(&self) -> usize;
+    /// Whether it holds nothing.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Elements `r`.
+    fn view(&self, r: Range<usize>) -> Self::View<'_>;
+    /// Elements `r`, to write.
+    fn view_mut(&mut self, r: Range<usize>) -> Self::ViewMut<'_>;
+    /// The first `n` elements.
+    fn head(&self, n: usize) -> Self::View<'_> {
+        self.view(0..n)
+    }
+    /// The first `n` elements, to write.
+    fn head_mut(&mut self, n: usize) -> Self::ViewMut<'_> {
+        self.view_mut(0..n)
+    }
+}
+
+/// What an op reads.
+pub type In<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::View<'a>;
+/// What an op writes (or updates).
+pub type Out<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::ViewMut<'a>;
+
+/// Which staged rows a staged row may see. Committed rows are visible to all, unless a window hides them.
+#[derive(Clone, Copy, Debug)]
+pub enum Mask<'a> {
+    /// Row i sees rows 0..=i.
+    Causal,
+    /// Every row sees every row.
+    Full,
+    /// Row i sees its ancestors and itself.
+    Tree(&'a TreeMask),
+}
+
+/// Ancestor bits and depths of a token tree of n rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TreeMask {
+    parents: Vec<u32>,
+    words: usize,
+    bits: Vec<u64>,
+    depth: Vec<u32>,
+}
+
+impl TreeMask {
+    /// No parent: a root, whose predecessor is the last committed row.
+    pub const ROOT: u32 = u32::MAX;
+
+    /// From each row's parent, [`Self::ROOT`] or a smaller row number.
+    ///
+    /// # Errors
+    /// A parent that is not an earlier row.
+    pub fn new(parents: &[u32]) -> Result<Self> {
+        let (n, words) = (parents.len(), parents.len().div_ceil(64));
+        let (mut bits, mut depth) = (vec![0u64; n * words], vec![0u32; n]);
+        for (i, &p) in parents.iter().enumerate() {
+            if p != Self::ROOT {
+                crate::error::ensure!(
+                    (p as usize) < i,
+                    Shape,
+                    "tree row {i} names parent {p}, which is not an earlier row"
+                );
+                let p = p as usize;
+                bits.copy_within(p * words..(p + 1) * words, i * words);
+                depth[i] = depth[p] + 1;
+            }
+            bits[i * words + i / 64] |= 1 << (i % 64);
+        }
+        Ok(Self { parents: parents.to_vec(), words, bits, depth })
+    }
+
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.depth.len()
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.depth.is_empty()
+    }
+
+    /// Whether row `i` sees row `j`.
+    pub fn sees(&self, i: usize, j: usize) -> bool {
+        self.bits[i * self.words + j / 64] >> (j % 64) & 1 == 1
+    }
+
+    /// Distance of row `i` from the last committed row, less one: a root has depth 0.
+    pub fn depth(&self, i: usize) -> u32 {
+        self.depth[i]
+    }
+
+    /// Parent of row `i`, or [`Self::ROOT`].
+    pub fn parent(&self, i: usize) -> u32 {
+        self.parents[i]
+    }
+
+    /// Ancestor words of row `i`, bit j set where row j is visible.
+    pub fn row(&self, i: usize) -> &[u64] {
+        &self.bits[i * self.words..(i + 1) * self.words]
+    }
+}
+
+impl Mask<'_> {
+    /// Position of staged row `i` when `past` rows are committed.
+    pub fn position(&self, past: usize, i: usize) -> usize {
+        match self {
+            Mask::Causal | Mask::Full => past + i,
+            Mask::Tree(t) => past + t.depth(i) as usize,
+        }
+    }
+
+    /// Whether staged row `i` sees staged row `j`, windows aside.
+    pub fn sees(&self, i: usize, j: usize) -> bool {
+        match self {
+            Mask::Causal => j <= i,
+            Mask::Full => true,
+            Mask::Tree(t) => t.sees(i, j),
+        }
+    }
+}
+
+/// Head geometry and scoring of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttnSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head h reads head h * kv_heads / heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on q.k.
+    pub scale: f32,
+    /// A query at position p sees keys at positions above p - window.
+    pub window: Option<usize>,
+}
+
+impl AttnSpec {
+    /// Columns of q.
+    pub fn q_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    /// Columns of k and of v.
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// The rows of one sequence in a pass: `rows` staged behind `past` committed rows of its cache.
+pub struct Segment<'a, B: Backend> {
+    /// Its cache.
+    pub kv: &'a mut B::Kv,
+    /// Committed rows.
+    pub past: usize,
+    /// Staged rows; they follow one another in the pass's activations, segment after segment.
+    pub rows: usize,
+    /// Who sees whom among the staged rows.
+    pub mask: Mask<'a>,
+}
+
+/// A weight of one linear layer and its bias, as [`Backend::qkv`] takes three of them.
+pub struct Linear<B: Backend> {
+    /// `[out, in]`.
+    pub w: B::Weight,
+    /// `[out]`.
+    pub bias: Option<B::Buf<B::Acc>>,
+}
+
+/// Sizes a backend reports of a weight.
+pub trait WeightInfo: Send + Sync {
+    /// Outputs.
+    fn rows(&self) -> usize;
+    /// Inputs.
+    fn cols(&self) -> usize;
+    /// Bytes that a pass reads.
+    fn bytes(&self) -> usize;
+}
+
+/// A device that runs the ops. See the module documentation for the rules that all of them share.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Operands of matrix products: f32 on the CPU, bf16 on CUDA, f64 in the specification.
+    type Act: Elem;
+    /// Residual stream, statistics, logits: f32, f32, f64.
+    type Acc: Elem;
+    /// Device memory.
+    type Buf<T: Elem>: Buffer<T>;
+    /// A matrix `[out, in]` in whatever layout the device multiplies fastest.
+    type Weight: WeightInfo;
+    /// Keys and values of all layers of one sequence, in whatever type and layout attention reads fastest.
+    type Kv: Send + Sync;
+
+    /// `n` zeros.
+    fn alloc<T: Elem>(&self, n: usize) -> Result<Self::Buf<T>>;
+    /// Host to device; lengths are equal.
+    fn upload<T: Elem>(&self, dst: Out<'_, Self, T>, src: &[T]) -> Result<()>;
+    /// Device to host; lengths are equal. Waits for what was queued before.
+    fn download<T: Elem>(&self, src: In<'_, Self, T>, dst: &mut [T]) -> Result<()>;
+    /// f32 values in the backend's accumulator type.
+    fn upload_acc(&self, dst: Out<'_, Self, Self::Acc>, src: &[f32]) -> Result<()>;
+    /// Accumulator values as f32.
+    fn download_acc(&self, src: In<'_, Self, Self::Acc>, dst: &mut [f32]) -> Result<()>;
+    /// A matrix from a file, repacked where the device wants it. The source's pages are released once they are copied.
+    fn weight(&self, t: HostTensor) -> Result<Self::Weight>;
+
+    /// y\[r\] = scale * table\[tokens\[r\]\]. Tokens are inside the table (the caller checks).
+    fn embed(&self, y: Out<'_, Self, Self::Acc>, table: &Self::Weight, tokens: &[u32], scale: f32) -> Result<()>;
+
+    /// y\[i\] = x\[rows\[i\]\], rows of width `d`.
+    fn gather_rows(
+        &self,
+        y: Out<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Acc>,
+        rows: &[u32],
+        d: usize,
+    ) -> Result<()>;
+
+    /// x += r.
+    fn add(&self, x: Out<'_, Self, Self::Acc>, r: In<'_, Self, Self::Acc>) -> Result<()>;
+
+    /// y = x w / sqrt(mean(x^2) + eps) for each row of width `w.len()` (Zhang & Sennrich 2019, arXiv:1910.07467).
+    fn rms_norm(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        x: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+        eps: f32,
+    ) -> Result<()>;
+
+    /// x += r, then y = rms_norm(x).
+    fn add_rms_norm(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        x: &mut Self::Buf<Self::Acc>,
+        r: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+        rows: usize,
+        eps: f32,
+    ) -> Result<()> {
+        let n = rows * w.len();
+        self.add(x.head_mut(n), r)?;
+        self.rms_norm(y, x.head(n), w, eps)
+    }
+
+    /// x += rms_norm(r): the residual sum behind Gemma's post-norms.
+    fn add_normed(
+        &self,
+        x: Out<'_, Self, Self::Acc>,
+        r: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+        eps: f32,
+    ) -> Result<()>;
+
+    /// Each head of `head_dim = w.len()` columns of x is RMS-normalised in place (q/k norm).
+    fn head_norm(&self, x: Out<'_, Self, Self::Acc>, w: &Self::Buf<Self::Acc>, eps: f32) -> Result<()>;
+
+    /// y\[r, o\] = sum_i w\[o, i\] x\[r, i\] (+ bias\[o\]).
+    fn linear(
+        &self,
+        y: Out<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Act>,
+        w: &Self::Weight,
+        bias: Option<&Self::Buf<Self::Acc>>,
+    ) -> Result<()>;
+
+    /// Three linear layers of one input: q, k and v.
+    fn qkv(
+        &self,
+        q: Out<'_, Self, Self::Acc>,
+        k: Out<'_, Self, Self::Acc>,
+        v: Out<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Act>,
+        w: [&Linear<Self>; 3],
+    ) -> Result<()> {
+        self.linear(q, x, &w[0].w, w[0].bias.as_ref())?;
+        self.linear(k, x, &w[1].w, w[1].bias.as_ref())?;
+        self.linear(v, x, &w[2].w, w[2].bias.as_ref())
+    }
+
+    /// y = act(gate) * up, elementwise.
+    fn glu(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        gate: In<'_, Self, Self::Acc>,
+        up: In<'_, Self, Self::Acc>,
+        act: Activation,
+    ) -> Result<()>;
+
+    /// y = act(W_gate x) * (W_up x). `scratch` holds at least twice as many elements as y.
+    #[allow(clippy::too_many_arguments)]
+    fn linear_glu(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        x: In<'_, Self, Self::Act>,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        act: Activation,
+        scratch: &mut Self::Buf<Self::Acc>,
+        rows: usize,
+    ) -> Result<()> {
+        let n = rows * gate.rows();
+        self.linear(scratch.view_mut(0..n), x, gate, None)?;
+        self.linear(scratch.view_mut(n..2 * n), x, up, None)?;
+        self.glu(y, scratch.view(0..n), scratch.view(n..2 * n), act)
+    }
+
+    /// Rotates every head of x in place: pair (i, i + head_dim/2) of row r by the angle whose cosine and sine are
+    /// `table[r * head_dim + i]` and `table[r * head_dim + head_dim/2 + i]`. A negated sine is the inverse (backward).
+    fn rope(&self, x: Out<'_, Self, Self::Acc>, table: In<'_, Self, Self::Acc>, head_dim: usize) -> Result<()>;
+
+    /// An empty cache: `layers` layers, `capacity` rows, `kv_dim` columns for each of keys and values. Memory is reserved
+    /// here and touched as rows arrive.
+    fn kv_alloc(&self, layers: usize, capacity: usize, kv_dim: usize) -> Result<Self::Kv>;
+
+    /// Writes the pass's keys and values (`[rows, kv_dim]`) behind the committed rows of each segment's cache.
+    fn kv_stage(
+        &self,
+        segments: &mut [Segment<'_, Self>],
+        layer: usize,
+        k: In<'_, Self, Self::Acc>,
+        v: In<'_, Self, Self::Acc>,
+    ) -> Result<()>;
+
+    /// In all layers row `past + i` becomes what row `past + rows[i]` was, for all i. `rows` ascends strictly.
+    fn kv_commit(&self, kv: &mut Self::Kv, past: usize, rows: &[u32]) -> Result<()>;
+
+    /// Copies the first `len` rows of all layers.
+    fn kv_copy(&self, dst: &mut Self::Kv, src: &Self::Kv, len: usize) -> Result<()>;
+
+    /// Rotation of q and k and staging of k and v in one: what stands between `qkv` and `attention`. `table` is that of
+    /// [`Backend::rope`] and tells the number of rows.
+    #[allow(clippy::too_many_arguments)]
+    fn rope_stage(
+        &self,
+        q: &mut Self::Buf<Self::Acc>,
+        k: &mut Self::Buf<Self::Acc>,
+        v: &Self::Buf<Self::Acc>,
+        table: In<'_, Self, Self::Acc>,
+        segments: &mut [Segment<'_, Self>],
+        layer: usize,
+        spec: &AttnSpec,
+    ) -> Result<()> {
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        let n = rows * spec.kv_dim();
+        self.rope(q.head_mut(rows * spec.q_dim()), table, spec.head_dim)?;
+        self.rope(k.head_mut(n), table, spec.head_dim)?;
+        self.kv_stage(segments, layer, k.head(n), v.head(n))
+    }
+
+    /// y\[r, h\] = softmax_j(scale q\[r, h\].k\[j\]) v\[j\] over the rows j of its segment that r may see.
+    fn attention(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        q: In<'_, Self, Self::Acc>,
+        segments: &[Segment<'_, Self>],
+        layer: usize,
+        spec: &AttnSpec,
+    ) -> Result<()>;
+}

@@ -1,0 +1,1 @@
+//! The specification: every op in f64 loops.

@@ -1,0 +1,1 @@
+//! Files to memory: GGUF, safetensors, tokenizers, chat templates. No mathematics.

@@ -1,0 +1,12 @@
+//! quadriga: a from-scratch LLM engine. Hand-written kernels drive a minimal transformer runtime, without an ML framework.
+
+pub mod backend;
+pub mod dtype;
+pub mod error;
+pub mod format;
+pub mod model;
+pub mod perf;
+pub mod rng;
+pub mod tensor;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,3 @@
+//! The `quadriga` command.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The decoder: configuration, weights, cache and forward pass.
+
+pub mod config;
