@@ -1,0 +1,187 @@
+//! The forward pass: one decoder for every family.
+
+use super::config::Rope;
+use super::kv::KvCache;
+use super::weights::Model;
+use super::workspace::Workspace;
+use crate::backend::{AttnSpec, Backend, Buffer, Mask, Segment};
+use crate::error::{Result, ensure};
+
+/// Which rows of a sequence pay for the vocabulary matrix.
+#[derive(Clone, Copy, Debug)]
+pub enum Want<'a> {
+    /// None: only the cache is filled.
+    Nothing,
+    /// The last.
+    Last,
+    /// Every row.
+    All,
+    /// These rows.
+    Rows(&'a [u32]),
+}
+
+/// One sequence's part of a pass.
+pub struct Sequence<'a, B: Backend> {
+    /// Its cache; the pass stages its rows there.
+    pub cache: &'a mut KvCache<B>,
+    /// One token a row.
+    pub tokens: &'a [u32],
+    /// Which staged rows a row sees.
+    pub mask: Mask<'a>,
+    /// Which rows want logits.
+    pub want: Want<'a>,
+}
+
+/// A place in the pass whose activations can be watched, to find where two implementations part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tap {
+    /// Residual stream before the first layer.
+    Embedding,
+    /// Residual stream behind layer i.
+    Layer(usize),
+}
+
+/// Hears the residual stream (`[rows, hidden]`, as f32) at every [`Tap`].
+pub type Watch<'a> = &'a mut dyn FnMut(Tap, &[f32]);
+
+impl<B: Backend> Model<B> {
+    /// One pass over the rows of all `seqs`. Their tokens are staged in their caches; logits of the wanted rows, sequence
+    /// after sequence, lie in `ws` until the next pass. Returns how many logit rows there are.
+    ///
+    /// # Errors
+    /// More rows than the workspace or a cache holds, a token outside the vocabulary, a tree of another size.
+    pub fn forward(&self, seqs: &mut [Sequence<'_, B>], ws: &mut Workspace<B>) -> Result<usize> {
+        self.forward_watched(seqs, ws, None)
+    }
+
+    /// [`Model::forward`], with the residual stream shown to `watch`.
+    pub fn forward_watched(
+        &self,
+        seqs: &mut [Sequence<'_, B>],
+        ws: &mut Workspace<B>,
+        mut watch: Option<Watch<'_>>,
+    ) -> Result<usize> {
+        let (be, cfg, w) = (&*self.be, &self.cfg, &self.weights);
+        let rows = self.plan(seqs, ws)?;
+        let logit_rows = ws.rows.len();
+        if rows == 0 {
+            return Ok(0);
+        }
+        self.fill_rope(seqs, ws, rows)?;
+        let (n, eps) = (rows * cfg.hidden, cfg.eps);
+        let mut segments: Vec<Segment<'_, B>> = seqs
+            .iter_mut()
+            .map(|s| {
+                s.cache.staged = s.tokens.len();
+                Segment { past: s.cache.len(), kv: &mut s.cache.kv, rows: s.tokens.len(), mask: s.mask }
+            })
+            .collect();
+
+        be.embed(ws.x.head_mut(n), &w.embed, &ws.tokens, cfg.embed_scale)?;
+        self.show(&mut watch, Tap::Embedding, ws, n)?;
+        for (i, l) in w.layers.iter().enumerate() {
+            let local = cfg.is_local(i);
+            let spec = AttnSpec {
+                heads: cfg.heads,
+                kv_heads: cfg.kv_heads,
+                head_dim: cfg.head_dim,
+                scale: cfg.attn_scale,
+                window: cfg.window.filter(|_| local),
+            };
+            let (nq, nk) = (rows * spec.q_dim(), rows * spec.kv_dim());
+            be.rms_norm(ws.h.head_mut(n), ws.x.head(n), &l.attn_norm, eps)?;
+            let qkv = [&l.q, &l.k, &l.v];
+            be.qkv(ws.q.head_mut(nq), ws.k.head_mut(nk), ws.v.head_mut(nk), ws.h.head(n), qkv)?;
+            if let Some([q_norm, k_norm]) = &l.qk_norm {
+                be.head_norm(ws.q.head_mut(nq), q_norm, eps)?;
+                be.head_norm(ws.k.head_mut(nk), k_norm, eps)?;
+            }
+            let table = &ws.rope[usize::from(local && cfg.local_rope.is_some())];
+            let table = table.head(rows * cfg.head_dim);
+            be.rope_stage(&mut ws.q, &mut ws.k, &ws.v, table, &mut segments, i, &spec)?;
+            be.attention(ws.a.head_mut(nq), ws.q.head(nq), &segments, i, &spec)?;
+            be.linear(ws.r.head_mut(n), ws.a.head(nq), &l.o, None)?;
+            if let Some([post_attn, _]) = &l.post_norms {
+                be.add_normed(ws.x.head_mut(n), ws.r.head(n), post_attn, eps)?;
+                be.rms_norm(ws.h.head_mut(n), ws.x.head(n), &l.mlp_norm, eps)?;
+            } else {
+                be.add_rms_norm(ws.h.head_mut(n), &mut ws.x, ws.r.head(n), &l.mlp_norm, rows, eps)?;
+            }
+            let ng = rows * cfg.ffn;
+            be.linear_glu(ws.g.head_mut(ng), ws.h.head(n), &l.gate, &l.up, cfg.activation, &mut ws.gate_up, rows)?;
+            be.linear(ws.r.head_mut(n), ws.g.head(ng), &l.down, None)?;
+            match &l.post_norms {
+                Some([_, post_mlp]) => be.add_normed(ws.x.head_mut(n), ws.r.head(n), post_mlp, eps)?,
+                None => be.add(ws.x.head_mut(n), ws.r.head(n))?,
+            }
+            self.show(&mut watch, Tap::Layer(i), ws, n)?;
+        }
+        if logit_rows > 0 {
+            let p = logit_rows * cfg.hidden;
+            be.gather_rows(ws.picked.head_mut(p), ws.x.head(n), &ws.rows, cfg.hidden)?;
+            be.rms_norm(ws.h.head_mut(p), ws.picked.head(p), &w.final_norm, eps)?;
+            let head = w.head.as_ref().unwrap_or(&w.embed);
+            be.linear(ws.logits.head_mut(logit_rows * cfg.vocab), ws.h.head(p), head, None)?;
+        }
+        Ok(logit_rows)
+    }
+
+    /// Checks a pass against every limit and lists its tokens and its logit rows in the workspace.
+    fn plan(&self, seqs: &[Sequence<'_, B>], ws: &mut Workspace<B>) -> Result<usize> {
+        ws.rows.clear();
+        ws.tokens.clear();
+        for s in seqs {
+            let (n, at) = (s.tokens.len(), ws.tokens.len() as u32);
+            let (len, capacity) = (s.cache.len(), s.cache.capacity());
+            ensure!(len + n <= capacity, Capacity, "{n} tokens behind {len} exceed the context of {capacity}");
+            if let Mask::Tree(t) = s.mask {
+                ensure!(t.len() == n, Shape, "a tree of {} rows for {n} tokens", t.len());
+            }
+            ws.tokens.extend_from_slice(s.tokens);
+            match s.want {
+                Want::Nothing => {}
+                Want::Last => ws.rows.extend((n as u32 + at).checked_sub(1).filter(|_| n > 0)),
+                Want::All => ws.rows.extend(at..at + n as u32),
+                Want::Rows(r) => {
+                    ensure!(r.iter().all(|&r| (r as usize) < n), Shape, "logit rows {r:?} of {n} tokens");
+                    ws.rows.extend(r.iter().map(|r| at + r));
+                }
+            }
+        }
+        let (rows, vocab) = (ws.tokens.len(), self.cfg.vocab);
+        ensure!(rows <= ws.max_rows, Capacity, "{rows} rows in one pass; the workspace holds {}", ws.max_rows);
+        let (want, most) = (ws.rows.len(), ws.max_logits);
+        ensure!(want <= most, Capacity, "{want} rows want logits; the workspace holds {most}");
+        let bad = ws.tokens.iter().find(|&&t| t as usize >= vocab);
+        ensure!(bad.is_none(), Usage, "token {} is outside the vocabulary of {vocab}", bad.copied().unwrap_or(0));
+        Ok(rows)
+    }
+
+    fn fill_rope(&self, seqs: &[Sequence<'_, B>], ws: &mut Workspace<B>, rows: usize) -> Result<()> {
+        let ropes: [Option<&Rope>; 2] = [Some(&self.cfg.rope), self.cfg.local_rope.as_ref()];
+        let d = self.cfg.head_dim;
+        for (rope, buf) in ropes.into_iter().zip(&mut ws.rope) {
+            let Some(rope) = rope else { continue };
+            let freq = rope.inv_freq(d);
+            let positions = seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.mask.position(s.cache.len(), i)));
+            for (p, row) in positions.zip(ws.table.chunks_exact_mut(d)) {
+                let (cos, sin) = row.split_at_mut(d / 2);
+                for (i, f) in freq.iter().enumerate() {
+                    let (s, c) = (p as f64 * f).sin_cos();
+                    (cos[i], sin[i]) = (c as f32, s as f32);
+                }
+            }
+            self.be.upload_acc(buf.head_mut(rows * d), &ws.table[..rows * d])?;
+        }
+        Ok(())
+    }
+
+    fn show(&self, watch: &mut Option<Watch<'_>>, tap: Tap, ws: &Workspace<B>, n: usize) -> Result<()> {
+        if let Some(watch) = watch {
+            let mut v = vec![0.0; n];
+            self.be.download_acc(ws.x.head(n), &mut v)?;
+            watch(tap, &v);
+        }
+        Ok(())
+    }
+}

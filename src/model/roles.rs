@@ -1,0 +1,156 @@
+//! What a tensor is for, independent of what a file calls it.
+
+use std::fmt;
+
+use super::config::ModelConfig;
+use crate::error::{Result, ensure};
+use crate::tensor::HostTensor;
+
+/// A tensor's part in the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Role {
+    Embed,
+    FinalNorm,
+    Head,
+    Layer(usize, LayerRole),
+}
+
+/// A tensor's part in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum LayerRole {
+    AttnNorm,
+    Q,
+    K,
+    V,
+    QBias,
+    KBias,
+    VBias,
+    QNorm,
+    KNorm,
+    O,
+    /// Norm between attention and the residual sum (Gemma).
+    PostAttnNorm,
+    MlpNorm,
+    Gate,
+    Up,
+    Down,
+    /// Norm between the MLP and the residual sum (Gemma).
+    PostMlpNorm,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Role::Embed => f.write_str("embedding"),
+            Role::FinalNorm => f.write_str("final norm"),
+            Role::Head => f.write_str("output head"),
+            Role::Layer(i, r) => write!(f, "layer {i} {r}"),
+        }
+    }
+}
+
+impl fmt::Display for LayerRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use LayerRole::*;
+        f.write_str(match self {
+            AttnNorm => "attn.norm",
+            Q => "attn.wq",
+            K => "attn.wk",
+            V => "attn.wv",
+            QBias => "attn.bq",
+            KBias => "attn.bk",
+            VBias => "attn.bv",
+            QNorm => "attn.q_norm",
+            KNorm => "attn.k_norm",
+            O => "attn.wo",
+            PostAttnNorm => "attn.post_norm",
+            MlpNorm => "mlp.norm",
+            Gate => "mlp.gate",
+            Up => "mlp.up",
+            Down => "mlp.down",
+            PostMlpNorm => "mlp.post_norm",
+        })
+    }
+}
+
+impl LayerRole {
+    /// Every role of a layer.
+    pub const ALL: [LayerRole; 16] = {
+        use LayerRole::*;
+        [AttnNorm, Q, K, V, QBias, KBias, VBias, QNorm, KNorm, O, PostAttnNorm, MlpNorm, Gate, Up, Down, PostMlpNorm]
+    };
+}
+
+impl Role {
+    /// The shape `[rows, cols]` that `cfg` gives this tensor (a vector is `[1, n]`), or `None` where a model of this config
+    /// has no such tensor.
+    pub fn shape(self, cfg: &ModelConfig) -> Option<[usize; 2]> {
+        use LayerRole::*;
+        let (h, q, kv, d) = (cfg.hidden, cfg.q_dim(), cfg.kv_dim(), cfg.head_dim);
+        match self {
+            Role::Embed => Some([cfg.vocab, h]),
+            Role::FinalNorm => Some([1, h]),
+            Role::Head => (!cfg.tied).then_some([cfg.vocab, h]),
+            Role::Layer(i, _) if i >= cfg.layers => None,
+            Role::Layer(_, r) => match r {
+                AttnNorm | MlpNorm => Some([1, h]),
+                Q => Some([q, h]),
+                K | V => Some([kv, h]),
+                QBias => cfg.qkv_bias.then_some([1, q]),
+                KBias | VBias => cfg.qkv_bias.then_some([1, kv]),
+                QNorm | KNorm => cfg.qk_norm.then_some([1, d]),
+                O => Some([h, q]),
+                PostAttnNorm | PostMlpNorm => cfg.post_norms.then_some([1, h]),
+                Gate | Up => Some([cfg.ffn, h]),
+                Down => Some([h, cfg.ffn]),
+            },
+        }
+    }
+
+    /// Every tensor that a model of this config has.
+    pub fn all(cfg: &ModelConfig) -> impl Iterator<Item = Role> {
+        let layers = (0..cfg.layers).flat_map(|i| LayerRole::ALL.map(|r| Role::Layer(i, r)));
+        [Role::Embed].into_iter().chain(layers).chain([Role::FinalNorm, Role::Head]).filter(|r| r.shape(cfg).is_some())
+    }
+}
+
+/// Where weights come from: a checkpoint on disk, or a test.
+pub trait TensorSource {
+    /// The model's configuration, validated.
+    fn config(&self) -> &ModelConfig;
+    /// The tensor of a role, ready to use: rows in the decoder's order, norms without an implied offset.
+    fn tensor(&self, role: Role) -> Result<HostTensor>;
+}
+
+/// Random weights of a config: benchmarks of shapes whose weights are not at hand, and tests.
+pub struct RandomTensors {
+    cfg: ModelConfig,
+    seed: u64,
+}
+
+impl RandomTensors {
+    /// Weights that are a function of `seed` and the role alone; f32, scaled so that activations keep their size.
+    pub fn new(cfg: ModelConfig, seed: u64) -> Result<Self> {
+        Ok(Self { cfg: cfg.validate()?, seed })
+    }
+}
+
+impl TensorSource for RandomTensors {
+    fn config(&self) -> &ModelConfig {
+        &self.cfg
+    }
+
+    fn tensor(&self, role: Role) -> Result<HostTensor> {
+        let shape = role.shape(&self.cfg);
+        ensure!(shape.is_some(), Weights, "a model of this configuration has no {role}");
+        let [rows, cols] = shape.unwrap_or_default();
+        let stream = Role::all(&self.cfg).position(|r| r == role).unwrap_or(0) as u64;
+        let mut rng = crate::rng::Rng::stream(self.seed, stream);
+        let norm = rows == 1;
+        let scale = if norm { 0.1 } else { (cols as f32).powf(-0.5) };
+        let values: Vec<f32> = (0..rows * cols).map(|_| rng.normal() * scale + if norm { 1.0 } else { 0.0 }).collect();
+        HostTensor::from_f32(rows, cols, &values)
+    }
+}

@@ -1,0 +1,87 @@
+//! Buffers of a forward pass, planned once: no allocation happens in a step.
+
+use super::config::ModelConfig;
+use crate::backend::{Backend, Buffer};
+use crate::error::{Result, ensure};
+
+/// Activations of up to `max_rows` rows. On the CPU, pages are touched only by passes that need them.
+pub struct Workspace<B: Backend> {
+    pub(super) max_rows: usize,
+    pub(super) max_logits: usize,
+    /// Residual stream, `[rows, hidden]`.
+    pub(super) x: B::Buf<B::Acc>,
+    /// Normed input of a block, `[rows, hidden]`.
+    pub(super) h: B::Buf<B::Act>,
+    pub(super) q: B::Buf<B::Acc>,
+    pub(super) k: B::Buf<B::Acc>,
+    pub(super) v: B::Buf<B::Acc>,
+    /// Output of attention, `[rows, q_dim]`.
+    pub(super) a: B::Buf<B::Act>,
+    /// Output of a block before the residual sum, `[rows, hidden]`.
+    pub(super) r: B::Buf<B::Acc>,
+    /// Gated MLP activations, `[rows, ffn]`.
+    pub(super) g: B::Buf<B::Act>,
+    /// Room for gate and up where a backend does not fuse them, `[2, rows, ffn]`.
+    pub(super) gate_up: B::Buf<B::Acc>,
+    /// Cosines and sines of global layers, then of local ones, `[rows, head_dim]` each.
+    pub(super) rope: [B::Buf<B::Acc>; 2],
+    /// Rows that want logits, `[max_logits, hidden]`.
+    pub(super) picked: B::Buf<B::Acc>,
+    pub(super) logits: B::Buf<B::Acc>,
+    pub(super) table: Vec<f32>,
+    pub(super) rows: Vec<u32>,
+    pub(super) tokens: Vec<u32>,
+    vocab: usize,
+    hidden: usize,
+}
+
+impl<B: Backend> Workspace<B> {
+    /// Plans passes of up to `max_rows` rows, of which up to `max_logits` want logits.
+    pub fn new(be: &B, cfg: &ModelConfig, max_rows: usize, max_logits: usize) -> Result<Self> {
+        ensure!(max_rows > 0 && max_logits > 0, Capacity, "a workspace of no rows");
+        let acc = |n: usize| be.alloc::<B::Acc>(n);
+        let act = |n: usize| be.alloc::<B::Act>(n);
+        let (r, h, local) = (max_rows, cfg.hidden, if cfg.local_rope.is_some() { max_rows } else { 0 });
+        Ok(Self {
+            max_rows,
+            max_logits,
+            x: acc(r * h)?,
+            h: act(r * h)?,
+            q: acc(r * cfg.q_dim())?,
+            k: acc(r * cfg.kv_dim())?,
+            v: acc(r * cfg.kv_dim())?,
+            a: act(r * cfg.q_dim())?,
+            r: acc(r * h)?,
+            g: act(r * cfg.ffn)?,
+            gate_up: acc(2 * r * cfg.ffn)?,
+            rope: [acc(r * cfg.head_dim)?, acc(local * cfg.head_dim)?],
+            picked: acc(max_logits * h)?,
+            logits: acc(max_logits * cfg.vocab)?,
+            table: vec![0.0; r * cfg.head_dim],
+            rows: Vec::with_capacity(r),
+            tokens: Vec::with_capacity(r),
+            vocab: cfg.vocab,
+            hidden: h,
+        })
+    }
+
+    /// Most rows of one pass.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Most rows of one pass that may want logits.
+    pub fn max_logits(&self) -> usize {
+        self.max_logits
+    }
+
+    /// Copies logit row `i` of the last pass; `out` has one entry per vocabulary token.
+    pub fn logits(&self, be: &B, i: usize, out: &mut [f32]) -> Result<()> {
+        be.download_acc(self.logits.view(i * self.vocab..(i + 1) * self.vocab), out)
+    }
+
+    /// Copies row `i` of the residual stream behind the last layer, before the final norm; `out` has `hidden` entries.
+    pub fn hidden(&self, be: &B, i: usize, out: &mut [f32]) -> Result<()> {
+        be.download_acc(self.x.view(i * self.hidden..(i + 1) * self.hidden), out)
+    }
+}
