@@ -1,5 +1,8 @@
 //! The native CPU backend: f32 activations, weights in the file's own precision, kernels chosen at run time.
 
+pub mod attention;
+pub mod kv;
+pub mod lanes;
 pub mod pool;
 
 use std::fmt;
