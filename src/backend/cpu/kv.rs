@@ -214,7 +214,10 @@ impl CpuKv {
                 (Store::F32(a), Store::F32(b)) => a.get_mut()[to].copy_from_slice(&b.get()[from]),
                 (Store::F16(a), Store::F16(b)) => a.get_mut()[to].copy_from_slice(&b.get()[from]),
                 _ => {
-                    return Err(Error::new(ErrorKind::Shape, "caches of f32 and of f16 cannot be copied to each other"));
+                    return Err(Error::new(
+                        ErrorKind::Shape,
+                        "caches of f32 and of f16 cannot be copied to each other",
+                    ));
                 }
             }
         }

@@ -3,7 +3,9 @@
 pub mod attention;
 pub mod kv;
 pub mod lanes;
+pub mod logits;
 pub mod pool;
+pub mod rows;
 
 use std::fmt;
 
