@@ -1,5 +1,7 @@
 //! The native CPU backend: f32 activations, weights in the file's own precision, kernels chosen at run time.
 
+pub mod matmul;
+pub mod memory;
 pub mod pool;
 
 use std::fmt;
