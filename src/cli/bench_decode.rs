@@ -63,7 +63,7 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     }
     let peak = out::peak_rss_mb();
     // Last, since its half gigabyte must not count as ours.
-    let read = read_bandwidth(&Pool::new(engine.threads()), 512 << 20);
+    let read = read_bandwidth(&Pool::new(engine.threads()), 512 << 20)?;
 
     let (prefill, decode) = (median(prefill), median(decode));
     let roof = decode * engine.bytes_per_token() as f64 / read;

@@ -123,8 +123,9 @@ impl Engine {
             let model = Self::load(&checkpoint, &options);
             (text.join(), model)
         });
-        let (tokenizer, template) =
-            text.map_err(|_| Error::new(ErrorKind::Tokenizer, format!("{}: reading the tokenizer failed", path.display())))?;
+        let (tokenizer, template) = text.map_err(|_| {
+            Error::new(ErrorKind::Tokenizer, format!("{}: reading the tokenizer failed", path.display()))
+        })?;
         Self::finish(model?, tokenizer?, template?, start)
     }
 

@@ -3,14 +3,18 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use super::memory::AlignedBytes;
+use super::memory::Arena;
 use super::pool::Pool;
+use crate::error::Result;
 
 /// Bytes per second that the pool's threads read together from a set of `bytes` bytes on large pages: the best of several
 /// passes, each dealt out in pieces so that no thread waits for a slow one.
-pub fn read_bandwidth(pool: &Pool, bytes: usize) -> f64 {
+///
+/// # Errors
+/// If the system has no memory for the set.
+pub fn read_bandwidth(pool: &Pool, bytes: usize) -> Result<f64> {
     const PIECE: usize = 4 << 20;
-    let mut set = AlignedBytes::zeroed(bytes);
+    let mut set = Arena::default().alloc(bytes)?;
     // Touched, else every page is the one zero page.
     pool.run_chunks(&mut set, PIECE, |i, c| c.fill(i as u8));
     let pieces: Vec<&[u8]> = set.chunks_exact(PIECE).collect();
@@ -29,5 +33,5 @@ pub fn read_bandwidth(pool: &Pool, bytes: usize) -> f64 {
         });
         best = best.max((pieces.len() * PIECE) as f64 / start.elapsed().as_secs_f64());
     }
-    best
+    Ok(best)
 }
