@@ -3,7 +3,7 @@
 pub mod backend;
 pub mod decode;
 pub mod dtype;
-pub mod engine;
+//pub mod engine;
 pub mod error;
 pub mod format;
 pub mod model;

@@ -39,7 +39,7 @@ impl<B: Backend> Session<B> {
             "a context of {capacity} tokens was asked for; this model allows 1 to {}",
             cfg.context
         );
-        let be = &**model.backend();
+        let be = model.backend();
         let rows = PREFILL_ROWS.min(capacity);
         let cache = KvCache::new(be, cfg, capacity)?;
         let ws = Workspace::new(be, cfg, rows, LOGIT_ROWS.min(rows))?;

@@ -9,10 +9,11 @@ use sha2::{Digest, Sha256};
 use crate::dtype::DType;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::gguf::Gguf;
-use crate::format::roles::{self, LayerRole, Role, Slot};
+use crate::format::roles::{self, Slot};
 use crate::format::safetensors::Shards;
 use crate::format::{StoredType, TensorEntry, gguf_config, hf_config};
 use crate::model::config::{Family, ModelConfig};
+use crate::model::roles::{LayerRole, Role, TensorSource};
 use crate::tensor::{Bytes, HostTensor};
 
 /// Weights, configuration and, through it, tokenizer and chat template of one model. Opening reads headers only.
@@ -68,22 +69,6 @@ impl Checkpoint {
         match &self.store {
             Store::Gguf(g) => g.tensors().iter().collect(),
             Store::Hf(s) => s.tensors().collect(),
-        }
-    }
-
-    /// The tensor for `role`; `None` if models of this configuration have none (a head that is the embedding, say).
-    ///
-    /// Matrices come as they are stored, rows of Llama's q and k in the half-and-half rotary order whatever the file has.
-    /// Vectors (norms, biases) come as f32, norm weights ready to multiply with.
-    pub fn tensor(&self, role: Role) -> Result<Option<HostTensor>> {
-        roles::slot(&self.config, role).map(|slot| self.load(&slot)).transpose()
-    }
-
-    /// The tensor for `role`; an error if there is none.
-    pub fn required(&self, role: Role) -> Result<HostTensor> {
-        match self.tensor(role)? {
-            Some(t) => Ok(t),
-            None => bail!(Weights, "weights: this model has no {role:?}"),
         }
     }
 
@@ -201,6 +186,21 @@ impl Checkpoint {
         matches!(self.store, Store::Gguf(_))
             && matches!(self.config.family, Family::Llama | Family::Mistral)
             && matches!(role, Role::Layer(_, Q | K | QBias | KBias))
+    }
+}
+
+impl TensorSource for Checkpoint {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Matrices come as they are stored, rows of Llama's q and k in the half-and-half rotary order whatever the file has.
+    /// Vectors (norms, biases) come as f32, norm weights ready to multiply with.
+    fn tensor(&self, role: Role) -> Result<HostTensor> {
+        match roles::slot(&self.config, role) {
+            Some(slot) => self.load(&slot).context(|| self.path.display().to_string()),
+            None => bail!(Weights, "{}: a model of this configuration has no {role}", self.path.display()),
+        }
     }
 }
 

@@ -18,7 +18,6 @@ pub mod roles;
 pub mod safetensors;
 
 pub use checkpoint::Checkpoint;
-pub use roles::{LayerRole, Role};
 
 /// The element type a file declares for a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
