@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! The `quadriga` command: see `quadriga --help`.
+
+fn main() -> std::process::ExitCode {
+    quadriga::cli::main()
+}

@@ -232,6 +232,13 @@ impl Common {
         Engine::open_with(path, self.options()?)
     }
 
+    pub fn compute(&self) -> Compute {
+        match self.compute {
+            ComputeFlag::Fast => Compute::Fast,
+            ComputeFlag::Exact => Compute::Exact,
+        }
+    }
+
     fn options(&self) -> Result<EngineOptions> {
         let device = match self.device {
             DeviceFlag::Auto => Device::Auto,
@@ -242,11 +249,7 @@ impl Common {
         if self.threads > 1024 {
             bail!(Usage, "--threads {} is impossible: expected 0 to 1024", self.threads);
         }
-        let compute = match self.compute {
-            ComputeFlag::Fast => Compute::Fast,
-            ComputeFlag::Exact => Compute::Exact,
-        };
-        let mut o = EngineOptions::default().device(device).threads(self.threads).compute(compute);
+        let mut o = EngineOptions::default().device(device).threads(self.threads).compute(self.compute());
         if let Some(t) = self.tier {
             o = o.tier(match t {
                 TierFlag::Portable => Tier::Portable,
