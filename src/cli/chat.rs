@@ -11,7 +11,7 @@ use crate::error::{Error, Result, bail};
 pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
     let how = generate::how(&args.sampling)?;
     let engine = common.engine()?;
-    let Some(template) = engine.chat_template() else {
+    let Some(template) = engine.chat_template()? else {
         bail!(Tokenizer, "this model has no chat template; use generate --raw");
     };
     let context = args.sampling.context.unwrap_or_else(|| engine.config().context.min(4096));

@@ -129,7 +129,7 @@ fn prompt_ids(engine: &Engine, args: &GenerateArgs, prompt: Option<String>) -> R
         bail!(Usage, "no prompt: give it as an argument, or by --prompt, --prompt-file or --prompt-ids");
     };
     let tokenizer = engine.tokenizer()?;
-    let template = if args.raw { None } else { engine.chat_template() };
+    let template = if args.raw { None } else { engine.chat_template()? };
     let Some(template) = template else {
         if args.chat {
             bail!(Tokenizer, "--chat: this model has no chat template; use --raw");

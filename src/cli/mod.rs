@@ -7,6 +7,7 @@ pub mod flags;
 mod generate;
 mod inspect;
 mod out;
+mod registry;
 
 use std::process::ExitCode;
 

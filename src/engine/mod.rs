@@ -28,7 +28,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::naive::Naive;
 use crate::error::{Context, Error, ErrorKind, Result, bail};
-use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
+use crate::format::{Checkpoint, Tokenizer};
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig};
 use erased::{AnyModel, Shared};
@@ -92,10 +92,20 @@ impl EngineOptions {
     }
 }
 
+/// STUB until the merge.
+pub struct ChatTemplate;
+impl ChatTemplate {
+    /// STUB
+    pub fn render(&self, _: &[(&str, &str)], _: bool) -> Result<String> {
+        bail!(Unsupported, "stub")
+    }
+}
+
 struct Inner {
     model: Box<dyn AnyModel>,
-    tokenizer: Option<Tokenizer>,
-    template: Option<ChatTemplate>,
+    /// What is wrong with a tokenizer or a template matters only to those who need it: token ids work without.
+    tokenizer: Result<Tokenizer>,
+    template: Result<Option<ChatTemplate>>,
     device: String,
     threads: usize,
     load_s: f64,
@@ -119,26 +129,25 @@ impl Engine {
         let (path, start) = (path.as_ref(), Instant::now());
         let checkpoint = Checkpoint::open(path)?;
         let (text, model) = std::thread::scope(|s| {
-            let text = s.spawn(|| (checkpoint.tokenizer(), checkpoint.chat_template()));
+            let text = s.spawn(|| (checkpoint.tokenizer(), Ok(None)));
             let model = Self::load(&checkpoint, &options);
             (text.join(), model)
         });
-        let (tokenizer, template) = text.map_err(|_| {
-            Error::new(ErrorKind::Tokenizer, format!("{}: reading the tokenizer failed", path.display()))
-        })?;
-        Self::finish(model?, tokenizer?, template?, start)
+        let (tokenizer, template) = text.unwrap_or_else(|p| std::panic::resume_unwind(p));
+        Self::finish(model?, tokenizer, template, start)
     }
 
     /// An engine from weights made elsewhere, without a tokenizer: sessions take token ids.
     pub fn from_tensors(source: &dyn TensorSource, options: EngineOptions) -> Result<Self> {
         let start = Instant::now();
-        Self::finish(Self::load(source, &options)?, None, None, start)
+        let none = Err(Error::new(ErrorKind::Tokenizer, "this model comes without a tokenizer: give token ids"));
+        Self::finish(Self::load(source, &options)?, none, Ok(None), start)
     }
 
     fn finish(
         (model, device, threads): (Box<dyn AnyModel>, String, usize),
-        tokenizer: Option<Tokenizer>,
-        template: Option<ChatTemplate>,
+        tokenizer: Result<Tokenizer>,
+        template: Result<Option<ChatTemplate>>,
         start: Instant,
     ) -> Result<Self> {
         let load_s = start.elapsed().as_secs_f64();
@@ -171,18 +180,20 @@ impl Engine {
         self.0.model.config()
     }
 
-    /// The tokenizer, where the files have one.
+    /// The tokenizer.
     ///
     /// # Errors
-    /// `Tokenizer` where they have none.
+    /// `Tokenizer` where the files have none, or a damaged one.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        let none = || Error::new(ErrorKind::Tokenizer, "this model comes without a tokenizer: give token ids");
-        self.0.tokenizer.as_ref().ok_or_else(none)
+        self.0.tokenizer.as_ref().map_err(|e| Error::new(e.kind(), e.to_string()))
     }
 
     /// The chat template, where the files have one.
-    pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        self.0.template.as_ref()
+    ///
+    /// # Errors
+    /// `Tokenizer` where it is damaged.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>> {
+        self.0.template.as_ref().map(Option::as_ref).map_err(|e| Error::new(e.kind(), e.to_string()))
     }
 
     /// An empty session of up to `capacity` tokens, with its own random numbers.
@@ -193,8 +204,8 @@ impl Engine {
     /// Tokens that end a generation.
     pub fn eos(&self) -> Vec<u32> {
         let mut ids = self.config().eos.clone();
-        if let Some(t) = &self.0.tokenizer {
-            ids.extend(t.eos_ids());
+        if let Ok(t) = &self.0.tokenizer {
+            ids.extend(t.eos());
         }
         ids.sort_unstable();
         ids.dedup();

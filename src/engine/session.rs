@@ -140,7 +140,7 @@ impl Session {
     /// Appends messages (role, content) in the model's chat form, ready for the assistant's turn.
     pub fn push_chat(&mut self, messages: &[(&str, &str)]) -> Result<()> {
         let none = || Error::new(ErrorKind::Tokenizer, "this model has no chat template: use --raw");
-        let text = self.engine.chat_template().ok_or_else(none)?.render(messages, true)?;
+        let text = self.engine.chat_template()?.ok_or_else(none)?.render(messages, true)?;
         let ids = self.engine.tokenizer()?.encode(&text, false, true)?;
         self.push_ids(&ids)
     }

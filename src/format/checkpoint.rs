@@ -9,12 +9,16 @@ use sha2::{Digest, Sha256};
 use crate::dtype::DType;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::gguf::Gguf;
+use crate::format::mmap::read_text;
 use crate::format::roles::{self, Slot};
 use crate::format::safetensors::Shards;
-use crate::format::{StoredType, TensorEntry, gguf_config, hf_config};
+use crate::format::{StoredType, TensorEntry, Tokenizer, gguf_config, hf_config};
 use crate::model::config::{Family, ModelConfig};
 use crate::model::roles::{LayerRole, Role, TensorSource};
 use crate::tensor::{Bytes, HostTensor};
+
+/// Upper bound of a `tokenizer.json`.
+const MAX_TOKENIZER: u64 = 256 << 20;
 
 /// Weights, configuration and, through it, tokenizer and chat template of one model. Opening reads headers only.
 pub struct Checkpoint {
@@ -62,6 +66,20 @@ impl Checkpoint {
     /// The file or folder that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The model's tokenizer; its end tokens include those of the configuration.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = match &self.store {
+            Store::Gguf(g) => Tokenizer::from_gguf(g).context(|| self.path.display().to_string())?,
+            Store::Hf(_) => {
+                let path = self.path.join("tokenizer.json");
+                Tokenizer::from_json(&read_text(&path, MAX_TOKENIZER)?).context(|| path.display().to_string())?
+            }
+        };
+        let (tokens, rows) = (tokenizer.vocab_size(), self.config.vocab);
+        ensure!(tokens <= rows, Tokenizer, "the tokenizer has {tokens} tokens, the embedding only {rows} rows");
+        Ok(tokenizer.with_eos(&self.config.eos))
     }
 
     /// The files' tensor table.

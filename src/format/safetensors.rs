@@ -6,12 +6,11 @@ use std::path::{Component, Path};
 use std::sync::Arc;
 
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
 use crate::dtype::DType;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::mmap::{Mapping, read_text};
-use crate::format::{StoredType, TensorEntry};
+use crate::format::{Pairs, StoredType, TensorEntry};
 use crate::tensor::{ByteSource, Bytes};
 
 const SINGLE: &str = "model.safetensors";
@@ -127,7 +126,7 @@ fn parse_header(bytes: &[u8]) -> Result<Vec<TensorEntry>> {
 fn parse_index(text: &str) -> Result<Vec<(String, String)>> {
     #[derive(serde::Deserialize)]
     struct Index {
-        weight_map: Pairs,
+        weight_map: Pairs<String>,
     }
     let index: Index =
         serde_json::from_str(text).map_err(|e| Error::with_source(ErrorKind::Weights, "not a weight index", e))?;
@@ -139,27 +138,4 @@ fn parse_index(text: &str) -> Result<Vec<(String, String)>> {
         ensure!(plain && !file.contains(['/', '\\']), Weights, "{file:?} is not a plain file name");
     }
     Ok(index.weight_map.0)
-}
-
-/// A JSON object as pairs, so that a key given twice is seen.
-struct Pairs(Vec<(String, String)>);
-
-impl<'de> Deserialize<'de> for Pairs {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
-        struct V;
-        impl<'de> Visitor<'de> for V {
-            type Value = Pairs;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object from tensor names to file names")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Pairs, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = map.next_entry()? {
-                    pairs.push(pair);
-                }
-                Ok(Pairs(pairs))
-            }
-        }
-        d.deserialize_map(V)
-    }
 }
