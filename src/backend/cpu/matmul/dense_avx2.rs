@@ -18,6 +18,8 @@ use crate::dtype::DType;
 const WIDEN: usize = 8;
 /// Inputs of four plain rows widened at a time.
 const CHUNK: usize = 1024;
+/// Rows up to which every tile widens plain weights anew.
+const DIRECT: usize = 12;
 /// Rows of a tile, a compromise of registers and loads.
 const ROWS: usize = 3;
 
@@ -139,7 +141,7 @@ unsafe fn dense_of<const T: u8>(w: &[u8], channels: usize, x: &[f32], cols: usiz
         // come with one row only.
         unsafe {
             lanes.write_bytes(0, n * width * 8);
-            if T == F32 || n <= ROWS {
+            if T == F32 || n <= DIRECT {
                 rows_of::<T>(w.as_ptr(), cols, width, x.as_ptr(), cols, cols, n, lanes);
             } else {
                 let mut wide = MaybeUninit::<Aligned<[f32; 4 * CHUNK]>>::uninit();
@@ -206,6 +208,7 @@ unsafe fn rows_of<const T: u8>(
 ///
 /// # Safety
 /// AVX2, FMA, F16C; `w` holds C rows, `x` R rows of `inputs` values, their strides apart; `lanes` 8 C R values.
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn dense_tile<const T: u8, const C: usize, const R: usize>(
     w: *const u8,

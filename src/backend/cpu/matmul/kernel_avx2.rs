@@ -5,13 +5,13 @@
 //! `vpmaddwd` widens them; 8-bit weights are widened to i16 first. Per row and 512 multiply-adds that is about 40 vector
 //! operations, which bounds it at some 50 multiply-adds a cycle; one row is bound by reading the weights.
 //!
-//! Up to [`DIRECT_ROWS`] rows unpack weights in registers; more rows share weights unpacked into the first-level cache.
+//! Few rows unpack weights in registers; many rows share weights unpacked into the first-level cache.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
-use super::acts::{Quantized, quantize_row};
-use super::layout::{Aligned, Layout, PANEL, fmt::*};
+use super::acts::Quantized;
+use super::layout::{Aligned, BLOCK, Layout, PANEL, fmt::*};
 use super::weight::PackedWeight;
 use super::{Sums, glu::glu as glu_portable};
 use crate::dtype::DType;
@@ -31,8 +31,24 @@ macro_rules! groups {
     };
 }
 
-/// Rows up to which weights are unpacked in registers.
-const DIRECT_ROWS: usize = 4;
+/// An expression of each half of some registers: closures would not be inlined, since they cannot have target features.
+macro_rules! both {
+    (|$($v:ident),+| $e:expr) => {
+        [{ $(let $v = $v[0];)+ $e }, { $(let $v = $v[1];)+ $e }]
+    };
+}
+
+/// Rows of a tile: their 16-bit sums, two weights, an activation and a product fill the 16 registers.
+const ROWS: usize = 4;
+/// Rows up to which every tile unpacks the weights anew, in registers; as measured, the shuffles of 5 and 6 bits are worth
+/// saving sooner.
+const fn direct_rows(format: u8) -> usize {
+    match Layout::of(format).bits {
+        4 => 8,
+        8 => 16,
+        _ => ROWS,
+    }
+}
 /// Blocks unpacked at a time.
 const CHUNK: usize = 16;
 /// An unpacked block: 512 unsigned bytes or 1,024 bytes of i16, f32 scales, f32 minima of both halves, sub-scales of both
@@ -65,14 +81,65 @@ impl Rows {
     }
 }
 
-/// [`quantize_row`] compiled for AVX2.
+/// [`quantize_row`](super::acts::quantize_row) on AVX2, with the same results.
 pub(super) fn quantize(x: &[f32], out: &mut [[f32; 4]]) {
-    #[target_feature(enable = "avx2")]
-    fn inner(x: &[f32], out: &mut [[f32; 4]]) {
-        quantize_row(x, out);
+    let blocks = x.len() / BLOCK;
+    let (meta, rest) = out.split_at_mut(blocks);
+    let (q, wide) = rest.split_at_mut(2 * blocks);
+    let q: &mut [[i8; BLOCK]] = bytemuck::cast_slice_mut(q);
+    let mut wide = bytemuck::cast_slice_mut::<_, [i16; BLOCK]>(wide).iter_mut();
+    for ((x, q), meta) in x.as_chunks::<BLOCK>().0.iter().zip(q).zip(meta) {
+        // SAFETY: the tier is available (a rule of `MatmulCx`).
+        *meta = unsafe { quantize_block(x, q, wide.next()) };
     }
-    // SAFETY: the tier is available (a rule of `MatmulCx`).
-    unsafe { inner(x, out) }
+}
+
+/// One block: `[s, s * sum, s * first half's sum, s * second half's sum]`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn quantize_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK], wide: Option<&mut [i16; BLOCK]>) -> [f32; 4] {
+    // SAFETY: loads and stores of whole arrays.
+    unsafe {
+        let at = x.as_ptr();
+        let x =
+            [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8)), _mm256_loadu_ps(at.add(16)), _mm256_loadu_ps(at.add(24))];
+        let magnitude = |v| _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFF_FFFF));
+        let max = _mm256_max_epi32(
+            _mm256_max_epi32(magnitude(x[0]), magnitude(x[1])),
+            _mm256_max_epi32(magnitude(x[2]), magnitude(x[3])),
+        );
+        let max = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+        let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
+        let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
+        let max = f32::from_bits(_mm_cvtsi128_si32(max) as u32);
+        let inverse = _mm256_set1_ps(if max > 0.0 { 127.0 / max } else { 0.0 });
+        let rounded = |v| _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
+        // Packing works in 128-bit halves; the permutation puts the dwords back in order.
+        let bytes = _mm256_packs_epi16(
+            _mm256_packs_epi32(rounded(x[0]), rounded(x[1])),
+            _mm256_packs_epi32(rounded(x[2]), rounded(x[3])),
+        );
+        let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes);
+        let ones = _mm256_set1_epi8(1);
+        let sums = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), _mm256_set1_epi16(1));
+        let sums = _mm256_hadd_epi32(sums, sums);
+        let sums = _mm256_hadd_epi32(sums, sums);
+        if let Some(wide) = wide {
+            let pairs = _mm256_setr_epi8(
+                0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13,
+                15,
+            );
+            let bytes = _mm256_shuffle_epi8(bytes, pairs);
+            let at: *mut __m256i = wide.as_mut_ptr().cast();
+            _mm256_storeu_si256(at, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
+            _mm256_storeu_si256(at.add(1), _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(bytes)));
+        }
+        let low = _mm256_cvtsi256_si32(sums) as f32;
+        let high = _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums)) as f32;
+        let s = max / 127.0;
+        [s, s * (low + high), s * low, s * high]
+    }
 }
 
 /// [`glu_portable`] compiled for AVX2.
@@ -204,7 +271,7 @@ pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n
 unsafe fn rows_of<const F: u8, const C: u8>(panel: *const u8, blocks: usize, rows: Rows, n: usize) {
     // SAFETY: by this function's contract; chunks stay inside `blocks` and row groups inside n.
     unsafe {
-        if n <= DIRECT_ROWS {
+        if n <= direct_rows(F) {
             return tiles::<F, false>(panel, 0, blocks, rows, n);
         }
         let layout = const { Layout::of(F) };
@@ -216,30 +283,31 @@ unsafe fn rows_of<const F: u8, const C: u8>(panel: *const u8, blocks: usize, row
                 let (head, block) = layout.block(first + k);
                 unpack::<F>(panel.add(head), panel.add(block), buffer.add(k * UNPACKED));
             }
-            let mut r = 0;
-            while r < n {
-                let group = DIRECT_ROWS.min(n - r);
-                tiles::<C, true>(buffer, first, count, rows.from(r), group);
-                r += group;
-            }
+            tiles::<C, true>(buffer, first, count, rows, n);
         }
     }
 }
 
-/// One group of up to four rows.
+/// All rows, in tiles of about the same size.
 ///
 /// # Safety
 /// As [`tile`].
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tiles<const F: u8, const U: bool>(w: *const u8, first: usize, count: usize, rows: Rows, n: usize) {
-    // SAFETY: by this function's contract.
-    unsafe {
-        match n {
-            1 => tile::<F, U, 1>(w, first, count, rows),
-            2 => tile::<F, U, 2>(w, first, count, rows),
-            3 => tile::<F, U, 3>(w, first, count, rows),
-            _ => tile::<F, U, 4>(w, first, count, rows),
+    let mut r = 0;
+    while r < n {
+        let group = (n - r).div_ceil((n - r).div_ceil(ROWS));
+        // SAFETY: by this function's contract; groups stay inside n.
+        unsafe {
+            let rows = rows.from(r);
+            match group {
+                1 => tile::<F, U, 1>(w, first, count, rows),
+                2 => tile::<F, U, 2>(w, first, count, rows),
+                3 => tile::<F, U, 3>(w, first, count, rows),
+                _ => tile::<F, U, 4>(w, first, count, rows),
+            }
         }
+        r += group;
     }
 }
 
@@ -305,6 +373,16 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
 /// How far ahead of one or two rows the weights are asked for.
 const PREFETCH: usize = 2048;
 
+/// `v`, in a register, now. Left to itself the compiler regroups the additions of a block and interleaves its groups until
+/// most of them are spilled, which halves the speed.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn pin(mut v: __m256i) -> __m256i {
+    // SAFETY: no instruction.
+    unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) v, options(nostack, preserves_flags)) };
+    v
+}
+
 /// Integer dot products of a block of at most six bits with R rows (times the sub-scales, for Q6_K).
 ///
 /// # Safety
@@ -334,7 +412,7 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
                     for h in 0..2 {
                         let product = _mm256_maddubs_epi16(weights[h], x);
                         let fresh = $g % widen_every == 0;
-                        pairs[r][h] = if fresh { product } else { _mm256_add_epi16(pairs[r][h], product) };
+                        pairs[r][h] = pin(if fresh { product } else { _mm256_add_epi16(pairs[r][h], product) });
                     }
                 }
                 if $g % widen_every == widen_every - 1 {
@@ -371,7 +449,7 @@ unsafe fn dot_i16<const U: bool, const R: usize>(w: *const u8, x: [*const u8; R]
                 for r in 0..R {
                     let x = _mm256_set1_epi32(x[r].add(8 * g + 4 * odd).cast::<i32>().read_unaligned());
                     for h in 0..2 {
-                        dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(weights[h], x));
+                        dots[r][h] = pin(_mm256_add_epi32(dots[r][h], _mm256_madd_epi16(weights[h], x)));
                     }
                 }
             }
@@ -393,26 +471,24 @@ unsafe fn load(at: *const u8) -> Ints {
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn even_odd(w: Ints) -> [Ints; 2] {
-    [w.map(|w| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w))), w.map(|w| _mm256_srai_epi16::<8>(w))]
+    [both!(|w| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w))), both!(|w| _mm256_srai_epi16::<8>(w))]
 }
 
-/// Bits of all lanes shifted so that bit `from` comes to bit 4, under `mask`.
+/// Bits of all bytes moved from `FROM` to 4, under `mask`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn bits_to_four(v: Ints, from: usize, mask: i8) -> Ints {
-    v.map(|v| {
-        let v = match from {
-            0 => _mm256_slli_epi16::<4>(v),
-            1 => _mm256_slli_epi16::<3>(v),
-            2 => _mm256_slli_epi16::<2>(v),
-            3 => _mm256_slli_epi16::<1>(v),
-            4 => v,
-            5 => _mm256_srli_epi16::<1>(v),
-            6 => _mm256_srli_epi16::<2>(v),
-            _ => _mm256_srli_epi16::<3>(v),
-        };
-        _mm256_and_si256(v, _mm256_set1_epi8(mask))
-    })
+fn bits_to_four<const FROM: usize>(v: Ints, mask: i8) -> Ints {
+    let v = match FROM {
+        0 => both!(|v| _mm256_slli_epi16::<4>(v)),
+        1 => both!(|v| _mm256_slli_epi16::<3>(v)),
+        2 => both!(|v| _mm256_slli_epi16::<2>(v)),
+        3 => both!(|v| _mm256_slli_epi16::<1>(v)),
+        4 => v,
+        5 => both!(|v| _mm256_srli_epi16::<1>(v)),
+        6 => both!(|v| _mm256_srli_epi16::<2>(v)),
+        _ => both!(|v| _mm256_srli_epi16::<3>(v)),
+    };
+    both!(|v| _mm256_and_si256(v, _mm256_set1_epi8(mask)))
 }
 
 /// Group G of a block of at most six bits, as unsigned bytes.
@@ -428,16 +504,22 @@ unsafe fn group<const F: u8, const U: bool, const G: usize>(w: *const u8) -> Int
             return load(w.add(G * 64));
         }
         let nibbles = load(w.add(G % 4 * 64));
-        let low = nibbles.map(|v| {
-            let v = if G < 4 { v } else { _mm256_srli_epi16::<4>(v) };
-            _mm256_and_si256(v, _mm256_set1_epi8(15))
-        });
+        let shifted = if G < 4 { nibbles } else { both!(|nibbles| _mm256_srli_epi16::<4>(nibbles)) };
+        let low = both!(|shifted| _mm256_and_si256(shifted, _mm256_set1_epi8(15)));
         let high = match const { Layout::of(F).bits } {
             4 => return low,
-            5 => bits_to_four(load(w.add(256)), G, 0x10),
-            _ => bits_to_four(load(w.add(256 + G / 4 * 64)), G % 4 * 2, 0x30),
+            5 => bits_to_four::<G>(load(w.add(256)), 0x10),
+            _ => {
+                let plane = load(w.add(256 + G / 4 * 64));
+                match G % 4 {
+                    0 => bits_to_four::<0>(plane, 0x30),
+                    1 => bits_to_four::<2>(plane, 0x30),
+                    2 => bits_to_four::<4>(plane, 0x30),
+                    _ => bits_to_four::<6>(plane, 0x30),
+                }
+            }
         };
-        [_mm256_or_si256(low[0], high[0]), _mm256_or_si256(low[1], high[1])]
+        both!(|low, high| _mm256_or_si256(low, high))
     }
 }
 
@@ -461,7 +543,7 @@ unsafe fn halves(at: *const u8) -> Floats {
 unsafe fn bytes<const SIGNED: bool>(at: *const u8) -> Ints {
     // SAFETY: by this function's contract.
     let parts = unsafe { [_mm_loadl_epi64(at.cast()), _mm_loadl_epi64(at.add(8).cast())] };
-    parts.map(|v| if SIGNED { _mm256_cvtepi8_epi32(v) } else { _mm256_cvtepu8_epi32(v) })
+    both!(|parts| if SIGNED { _mm256_cvtepi8_epi32(parts) } else { _mm256_cvtepu8_epi32(parts) })
 }
 
 /// Q6_K's sub-scales of half `half`, as pairs of i16.
@@ -477,7 +559,7 @@ unsafe fn sub_scales<const U: bool>(w: *const u8, half: usize) -> Ints {
             return load(w.add(SUB + half * 64));
         }
         let v = bytes::<true>(w.add(const { Layout::of(Q6_K).scales } + half * 16));
-        v.map(|v| _mm256_blend_epi16::<0b1010_1010>(v, _mm256_slli_epi32::<16>(v)))
+        both!(|v| _mm256_blend_epi16::<0b1010_1010>(v, _mm256_slli_epi32::<16>(v)))
     }
 }
 
@@ -489,15 +571,13 @@ unsafe fn sub_scales<const U: bool>(w: *const u8, half: usize) -> Ints {
 #[inline]
 unsafe fn scales<const F: u8, const U: bool>(head: *const u8, w: *const u8) -> (Floats, [Floats; 2]) {
     let layout = const { Layout::of(F) };
-    let times = |a: Floats, b: Floats| [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])];
-    let zero = [_mm256_set1_ps(-(layout.zero as f32)); 2];
-    let negative = |a: Floats| a.map(|a| _mm256_xor_ps(a, _mm256_set1_ps(-0.0)));
-    let floats = |a: Ints| a.map(|a| _mm256_cvtepi32_ps(a));
+    let zero = _mm256_set1_ps(-(layout.zero as f32));
     // SAFETY: by this function's contract.
     unsafe {
         if U {
-            let f = |at: usize| load(w.add(at)).map(|v| _mm256_castsi256_ps(v));
-            return (f(SCALE), [f(MIN), f(MIN + 64)]);
+            let [scale, low, high] = [load(w.add(SCALE)), load(w.add(MIN)), load(w.add(MIN + 64))];
+            let cast = [both!(|low| _mm256_castsi256_ps(low)), both!(|high| _mm256_castsi256_ps(high))];
+            return (both!(|scale| _mm256_castsi256_ps(scale)), cast);
         }
         let at = w.add(layout.scales);
         match F {
@@ -506,19 +586,24 @@ unsafe fn scales<const F: u8, const U: bool>(head: *const u8, w: *const u8) -> (
                 (halves(at), [min, min])
             }
             Q4_K | Q5_K => {
-                let scale = times(halves(head), floats(bytes::<false>(at)));
-                let min = negative(times(halves(head.add(32)), floats(bytes::<false>(at.add(16)))));
-                (scale, [min, min])
+                let (d, s) = (halves(head), bytes::<false>(at));
+                let (dmin, m) = (halves(head.add(32)), bytes::<false>(at.add(16)));
+                let min =
+                    both!(|dmin, m| _mm256_mul_ps(dmin, _mm256_xor_ps(_mm256_cvtepi32_ps(m), _mm256_set1_ps(-0.0))));
+                (both!(|d, s| _mm256_mul_ps(d, _mm256_cvtepi32_ps(s))), [min, min])
             }
             Q6_K => {
                 let d = halves(head);
-                let min = times(zero, d);
-                let half = |at| floats(bytes::<true>(at));
-                (d, [times(min, half(at)), times(min, half(at.add(16)))])
+                let (low, high) = (bytes::<true>(at), bytes::<true>(at.add(16)));
+                let min = both!(|d| _mm256_mul_ps(d, zero));
+                let low = both!(|min, low| _mm256_mul_ps(min, _mm256_cvtepi32_ps(low)));
+                let high = both!(|min, high| _mm256_mul_ps(min, _mm256_cvtepi32_ps(high)));
+                (d, [low, high])
             }
             _ => {
                 let d = halves(at);
-                (d, [times(zero, d); 2])
+                let min = both!(|d| _mm256_mul_ps(d, zero));
+                (d, [min, min])
             }
         }
     }
@@ -532,31 +617,35 @@ unsafe fn scales<const F: u8, const U: bool>(head: *const u8, w: *const u8) -> (
 unsafe fn unpack<const F: u8>(head: *const u8, w: *const u8, out: *mut u8) {
     // SAFETY: by this function's contract.
     unsafe {
-        let store = |at: usize, v: Ints| {
-            _mm256_storeu_si256(out.add(at).cast(), v[0]);
-            _mm256_storeu_si256(out.add(at + 32).cast(), v[1]);
-        };
+        macro_rules! store {
+            ($at:expr, $v:expr) => {
+                let (at, v): (usize, Ints) = ($at, $v);
+                _mm256_storeu_si256(out.add(at).cast(), v[0]);
+                _mm256_storeu_si256(out.add(at + 32).cast(), v[1]);
+            };
+        }
         if F == Q8_0 {
             for g in 0..8 {
                 let [even, odd] = even_odd(load(w.add(g * 64)));
-                store(g * 128, even);
-                store(g * 128 + 64, odd);
+                store!(g * 128, even);
+                store!(g * 128 + 64, odd);
             }
         } else {
             macro_rules! group {
                 ($g:literal) => {
-                    store($g * 64, group::<F, false, $g>(w));
+                    store!($g * 64, group::<F, false, $g>(w));
                 };
             }
             groups!(group);
         }
         let (scale, min) = scales::<F, false>(head, w);
-        store(SCALE, scale.map(|v| _mm256_castps_si256(v)));
-        store(MIN, min[0].map(|v| _mm256_castps_si256(v)));
-        store(MIN + 64, min[1].map(|v| _mm256_castps_si256(v)));
+        let [low, high] = min;
+        store!(SCALE, both!(|scale| _mm256_castps_si256(scale)));
+        store!(MIN, both!(|low| _mm256_castps_si256(low)));
+        store!(MIN + 64, both!(|high| _mm256_castps_si256(high)));
         if F == Q6_K {
-            store(SUB, sub_scales::<false>(w, 0));
-            store(SUB + 64, sub_scales::<false>(w, 1));
+            store!(SUB, sub_scales::<false>(w, 0));
+            store!(SUB + 64, sub_scales::<false>(w, 1));
         }
     }
 }

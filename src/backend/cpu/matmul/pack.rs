@@ -60,7 +60,7 @@ fn copy(src: &[u8], at: usize, c: usize, out: &mut [u8]) {
 fn fifth_bits(word: &[u8]) -> [u8; 4] {
     let h = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
     // The product puts bit b of a nibble at bit 8b, and nothing else there.
-    let spread = |g: u32| ((h >> (4 * g) & 15) * 0x0020_4081 & 0x0101_0101) << g;
+    let spread = |g: u32| (((h >> (4 * g) & 15) * 0x0020_4081) & 0x0101_0101) << g;
     (0..8).fold(0, |a, g| a | spread(g)).to_le_bytes()
 }
 

@@ -226,6 +226,23 @@ fn any_bytes_are_multiplied_without_a_panic() {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn tiers_quantize_alike() {
+    if Tier::detect() < Tier::Avx2 {
+        return;
+    }
+    let mut x = inputs(1, 96, 1);
+    x[70] = f32::NAN;
+    let (mut a, mut b) = (vec![[0.0f32; 4]; 21], vec![[0.0f32; 4]; 21]);
+    acts::quantize_row(&x, &mut a);
+    kernel_avx2::quantize(&x, &mut b);
+    let bits = |v: &[[f32; 4]]| v.iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let finite = |v: &[[f32; 4]]| [bits(&v[..2]), bits(&v[3..7]), bits(&v[9..17])];
+    assert_eq!(finite(&a), finite(&b));
+    assert!(a[2][0].is_nan() && b[2][0].is_nan());
+}
+
 #[test]
 fn lengths_that_do_not_fit_are_errors() {
     let (pool, scratch) = (Pool::new(1), Scratch::default());
