@@ -87,7 +87,7 @@ impl Kernel for Top<'_> {
         let mut bar = f32::NEG_INFINITY;
         let mut full = false;
         for (i, run) in row.chunks(64).enumerate() {
-            if full && !(greatest(s, run) > bar) {
+            if full && greatest(s, run) <= bar {
                 continue;
             }
             let ids = (i * 64) as u32..;

@@ -1,4 +1,4 @@
-//! Sixteen lanes of AVX-512.
+//! Sixteen lanes of AVX-512; memory as in [`super::avx2`].
 
 use std::arch::x86_64::*;
 
@@ -41,23 +41,23 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_f32(self, p: *const f32) -> __m512 {
-        x86!(_mm512_loadu_ps(p))
+        x86!(p.cast::<__m512>().read_unaligned())
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m512 {
-        x86!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+        x86!(_mm512_cvtph_ps(p.cast::<__m256i>().read_unaligned()))
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
-        x86!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))))
+        x86!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(p.cast::<__m256i>().read_unaligned()))))
     }
     #[inline(always)]
     unsafe fn store_f32(self, v: __m512, p: *mut f32) {
-        x86!(_mm512_storeu_ps(p, v));
+        x86!(p.cast::<__m512>().write_unaligned(v));
     }
     #[inline(always)]
     unsafe fn store_f16(self, v: __m512, p: *mut f16) {
-        x86!(_mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)));
+        x86!(p.cast::<__m256i>().write_unaligned(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)));
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {

@@ -13,10 +13,10 @@ pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let t = s.fma(c, s.splat(std::f32::consts::LOG2_E), s.splat(MAGIC));
     let n = s.sub(t, s.splat(MAGIC));
     // ln 2 in two parts; n times the first is exact, so that this also works without fused multiply-add.
-    let r = s.fnma(n, s.splat(0.693_359_375), c);
+    let r = s.fnma(n, s.splat(355.0 / 512.0), c);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     let mut p = s.splat(1.987_569_1e-4);
-    for k in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for k in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = s.fma(p, r, s.splat(k));
     }
     let y = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
@@ -40,7 +40,7 @@ pub fn silu<S: Simd>(s: S, x: S::V) -> S::V {
 /// x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), written as x / (1 + e^-2u).
 #[inline(always)]
 pub fn gelu_tanh<S: Simd>(s: S, x: S::V) -> S::V {
-    const A: f32 = -1.595_769_1; // -2 sqrt(2/pi)
+    const A: f32 = -1.595_769; // -2 sqrt(2/pi)
     let cubic = s.mul(s.mul(x, x), s.splat(A * 0.044_715));
     let u = s.mul(x, s.add(cubic, s.splat(A)));
     s.div(x, s.add(s.splat(1.0), exp(s, u)))

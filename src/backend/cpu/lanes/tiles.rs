@@ -100,7 +100,8 @@ unsafe fn score_rows<S: Simd, E: Element, const M: usize>(
 ) {
     let (len, dim) = (panel.block_len(), panel.head_dim);
     let mut b = blocks.start;
-    // As many key vectors at a time as registers hold, so that few queries still have enough chains in flight.
+    // As many key vectors at a time as registers hold (widened halves take some more), so that few queries still have
+    // enough chains in flight.
     macro_rules! step {
         ($vectors:literal) => {
             let n = $vectors * S::N / BLOCK;
@@ -121,7 +122,7 @@ unsafe fn score_rows<S: Simd, E: Element, const M: usize>(
         if M == 1 {
             step!(8);
         }
-        if M <= 3 {
+        if M <= 2 {
             step!(4);
         }
         step!(2);
@@ -142,24 +143,57 @@ unsafe fn score_tile<S: Simd, E: Element, const M: usize, const V: usize>(
 ) {
     let mut acc = [[s.splat(0.0); V]; M];
     for d in 0..dim {
-        let mut k = [s.splat(0.0); V];
-        for (i, k) in k.iter_mut().enumerate() {
-            let (block, lane) = (i * S::N / BLOCK, i * S::N % BLOCK);
-            // SAFETY: column d of the block's keys, by this function's contract.
-            *k = unsafe { E::load(s, keys.add(block * block_len + d * BLOCK + lane)) };
-        }
-        for (m, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: q is [dim, M].
-            let x = s.splat(unsafe { *q.add(d * M + m) });
-            for (acc, &k) in acc.iter_mut().zip(&k) {
-                *acc = s.fma(x, k, *acc);
-            }
+        // SAFETY: column d of the blocks' keys, and of the queries, which are [dim, M], by this function's contract.
+        unsafe {
+            let key = |i: usize| keys.add(i * S::N / BLOCK * block_len + d * BLOCK + i * S::N % BLOCK);
+            outer(s, &mut acc, key, |m| q.add(d * M + m));
         }
     }
     for (m, acc) in acc.iter().enumerate() {
         for (i, &acc) in acc.iter().enumerate() {
             // SAFETY: by this function's contract.
             unsafe { s.store_f32(acc, out.add(m * stride + i * S::N)) };
+        }
+    }
+}
+
+/// acc += x y', where x are M numbers and y V vectors. The fewer of the two are held in registers and the others pass by:
+/// with all of the sums, both would be one too many.
+///
+/// # Safety
+/// `x` and `y` point to one number and N elements for each m < M and i < V.
+#[inline(always)]
+unsafe fn outer<S: Simd, E: Element, const M: usize, const V: usize>(
+    s: S,
+    acc: &mut [[S::V; V]; M],
+    y: impl Fn(usize) -> *const E,
+    x: impl Fn(usize) -> *const f32,
+) {
+    if M < V {
+        let mut xs = [s.splat(0.0); M];
+        for (m, xs) in xs.iter_mut().enumerate() {
+            // SAFETY: by this function's contract.
+            *xs = s.splat(unsafe { *x(m) });
+        }
+        for i in 0..V {
+            // SAFETY: as above.
+            let y = unsafe { E::load(s, y(i)) };
+            for (acc, &x) in acc.iter_mut().zip(&xs) {
+                acc[i] = s.fma(x, y, acc[i]);
+            }
+        }
+    } else {
+        let mut ys = [s.splat(0.0); V];
+        for (i, ys) in ys.iter_mut().enumerate() {
+            // SAFETY: as above.
+            *ys = unsafe { E::load(s, y(i)) };
+        }
+        for (m, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let x = s.splat(unsafe { *x(m) });
+            for (acc, &y) in acc.iter_mut().zip(&ys) {
+                *acc = s.fma(x, y, *acc);
+            }
         }
     }
 }
@@ -223,7 +257,7 @@ unsafe fn weigh_rows<S: Simd, E: Element, const M: usize>(
         if M == 1 {
             step!(8);
         }
-        if M <= 3 {
+        if M <= 2 {
             step!(4);
         }
         step!(2);
@@ -257,18 +291,8 @@ unsafe fn weigh_tile<S: Simd, E: Element, const M: usize, const V: usize>(
         // SAFETY: row j is there.
         let mut row = unsafe { values.add((j / BLOCK * 2 * BLOCK + j % BLOCK) * kv_dim) };
         for j in j..stop {
-            let mut v = [s.splat(0.0); V];
-            for (i, v) in v.iter_mut().enumerate() {
-                // SAFETY: as above.
-                *v = unsafe { E::load(s, row.add(i * S::N)) };
-            }
-            for (m, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: by this function's contract.
-                let x = s.splat(unsafe { *p.add(m * stride + (j - rows.start)) });
-                for (acc, &v) in acc.iter_mut().zip(&v) {
-                    *acc = s.fma(x, v, *acc);
-                }
-            }
+            // SAFETY: row j and its weights are there, by this function's contract.
+            unsafe { outer(s, &mut acc, |i| row.add(i * S::N), |m| p.add(m * stride + (j - rows.start))) };
             // Wrapping, since it may end behind the last row, where it is not read.
             row = row.wrapping_add(kv_dim);
         }
