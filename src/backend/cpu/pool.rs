@@ -290,7 +290,15 @@ mod tests {
         let sum = AtomicUsize::new(0);
         std::thread::scope(|s| {
             for _ in 0..4 {
-                s.spawn(|| (0..200).for_each(|_| pool.run(3, |_| pool.run(2, |i| drop(sum.fetch_add(i, Relaxed))))));
+                s.spawn(|| {
+                    for _ in 0..200 {
+                        pool.run(3, |_| {
+                            pool.run(2, |i| {
+                                sum.fetch_add(i, Relaxed);
+                            });
+                        });
+                    }
+                });
             }
         });
         assert_eq!(sum.load(Relaxed), 4 * 200 * 3);

@@ -1,0 +1,154 @@
+//! Real models against goldens of an independent float32 implementation and of llama.cpp. A model that is not at hand is
+//! skipped with a loud line; `QUADRIGA_REQUIRE_MODELS=1` makes that a failure. Looked for in `$QUADRIGA_MODELS` and in the
+//! models folder of `quadriga fetch`.
+
+use std::path::{Path, PathBuf};
+
+use quadriga::backend::cpu::Compute;
+use quadriga::cli::fetch::Store;
+use quadriga::engine::{Engine, EngineOptions, Generate};
+use quadriga::format::Checkpoint;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const QWEN: &str = "qwen2.5-coder-0.5b.Q4_K_M.gguf";
+const GEMMA: &str = "gemma-3-270m.Q4_K_M.gguf";
+
+fn model(file: &str) -> Option<PathBuf> {
+    let found = Store::open().ok().map(|s| s.dir().join(file)).filter(|p| p.is_file());
+    if found.is_none() {
+        eprintln!("SKIPPED: {file} is not in the models folder (QUADRIGA_MODELS)");
+        assert!(std::env::var_os("QUADRIGA_REQUIRE_MODELS").is_none() || file != SMOLLM2, "{file} is required");
+    }
+    found
+}
+
+fn golden(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn ids(v: &Value) -> Vec<u32> {
+    v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+}
+
+fn check_top(what: &str, logits: &[f32], want: &Value, tolerance: f64) {
+    let floats = want["logits"].as_array().unwrap();
+    for (id, l) in ids(&want["ids"]).into_iter().zip(floats) {
+        let off = (logits[id as usize] as f64 - l.as_f64().unwrap()).abs();
+        assert!(off <= tolerance, "{what}: logit {id} is off by {off}");
+    }
+}
+
+/// Logits within `tolerance`; greedy ids equal up to the first gap under it.
+fn check_model(file: &str, golden_file: &str, compute: Compute, tolerance: f64) {
+    let Some(path) = model(file) else { return };
+    let engine = Engine::open_with(path, EngineOptions::default().compute(compute)).unwrap();
+    let golden = golden(golden_file);
+    for case in golden["cases"].as_array().unwrap() {
+        let name = format!("{file} {compute:?} {}", case["name"].as_str().unwrap());
+        let prompt = ids(&case["ids"]);
+        if let (Some(text), true) = (case["text"].as_str(), case["name"] != "chat") {
+            assert_eq!(engine.tokenizer().unwrap().encode(text, true, true).unwrap(), prompt, "{name}");
+        }
+        let mut s = engine.session(prompt.len() + 40, 0).unwrap();
+        s.push_ids(&prompt[..1]).unwrap();
+        s.prefill().unwrap();
+        check_top(&format!("{name}, first"), s.logits(), &case["first_top5"], tolerance);
+        s.push_ids(&prompt[1..]).unwrap();
+        s.prefill().unwrap();
+        check_top(&format!("{name}, last"), s.logits(), &case["last_top5"], tolerance);
+        let want = ids(&case["greedy"]);
+        let how = Generate::default().max_tokens(want.len()).ignore_eos(true);
+        let got: Vec<u32> = s.generate(how).unwrap().filter_map(|p| p.unwrap().id).collect();
+        let gaps = case["gap_to_second"].as_array().unwrap();
+        let sure = gaps.iter().position(|g| g.as_f64().unwrap() < 2.0 * tolerance).unwrap_or(want.len());
+        assert_eq!(got[..sure], want[..sure], "{name}");
+    }
+}
+
+#[test]
+fn smollm2_exact() {
+    check_model(SMOLLM2, "smollm2-135m-q4_1.json", Compute::Exact, 1e-3);
+}
+
+#[test]
+fn smollm2_fast() {
+    // llama.cpp, which also rounds activations to 8 bits, is 0.1 to 0.35 away.
+    check_model(SMOLLM2, "smollm2-135m-q4_1.json", Compute::Fast, 0.35);
+}
+
+#[test]
+fn qwen_exact() {
+    check_model(QWEN, "qwen2.5-coder-0.5b-q4_k_m.json", Compute::Exact, 1e-3);
+}
+
+#[test]
+fn qwen_fast() {
+    check_model(QWEN, "qwen2.5-coder-0.5b-q4_k_m.json", Compute::Fast, 0.35);
+}
+
+/// The five best logits of models.md for "The capital of France is".
+#[test]
+fn gemma_knows_france() {
+    let Some(path) = model(GEMMA) else { return };
+    let engine = Engine::open_with(path, EngineOptions::default().compute(Compute::Exact)).unwrap();
+    let mut s = engine.session(16, 0).unwrap();
+    s.push_text("The capital of France is").unwrap();
+    assert_eq!(s.tokens(), [2, 818, 5279, 529, 7001, 563]);
+    s.prefill().unwrap();
+    let best = [(506, 19.0915), (496, 18.5476), (9079, 18.2686), (886, 18.1130), (3224, 17.7839)];
+    for (id, want) in best {
+        let got = s.logits()[id];
+        assert!((got - want).abs() < 1e-3, "logit {id}: {got}, golden {want}");
+    }
+}
+
+#[test]
+fn chat_form_equals_the_golden() {
+    let Some(path) = model(SMOLLM2) else { return };
+    let engine = Engine::open(path).unwrap();
+    let golden = golden("smollm2-135m-q4_1.json");
+    let case = golden["cases"].as_array().unwrap().iter().find(|c| c["name"] == "chat").unwrap();
+    let mut s = engine.session(256, 0).unwrap();
+    s.push_chat(&[("user", "Name three primary colors.")]).unwrap();
+    assert_eq!(s.tokens(), ids(&case["ids"]));
+    let text: String = s.generate(Generate::default()).unwrap().map(|p| p.unwrap().text).collect();
+    assert_eq!(text, "The primary colors are: Red, Blue, and Yellow.");
+}
+
+#[test]
+fn tokenizers_equal_the_goldens() {
+    let golden = golden("tokenizers.json");
+    for (file, key) in [(SMOLLM2, "smollm2"), (QWEN, "qwen25c"), (GEMMA, "gemma3")] {
+        let Some(path) = model(file) else { continue };
+        let t = Checkpoint::open(&path).unwrap().tokenizer().unwrap();
+        let strings = golden["strings"].as_array().unwrap();
+        for (text, want) in strings.iter().zip(golden[key].as_array().unwrap()) {
+            let text = text.as_str().unwrap();
+            assert_eq!(t.encode(text, false, false).unwrap(), ids(want), "{key}: {text:?}");
+        }
+        for f in golden["files"].as_array().unwrap() {
+            let path = f["path"].as_str().unwrap();
+            let path = Path::new("/").join(path.split(": ").last().unwrap());
+            let Ok(text) = std::fs::read_to_string(&path) else {
+                eprintln!("SKIPPED: {} is not on this machine", path.display());
+                continue;
+            };
+            let hex = |b: &[u8]| Sha256::digest(b).iter().map(|b| format!("{b:02x}")).collect::<String>();
+            assert_eq!(hex(text.as_bytes()), f["sha256"].as_str().unwrap(), "{}", path.display());
+            let ids = t.encode(&text, false, false).unwrap();
+            assert_eq!(ids.len() as u64, f[key]["n"].as_u64().unwrap(), "{key}: {}", path.display());
+            // As Python writes a list.
+            let json = format!("{ids:?}");
+            let compact = json.replace(' ', "");
+            let want = f[key]["sha256_of_ids_as_json"].as_str().unwrap();
+            assert!(
+                [hex(json.as_bytes()), hex(compact.as_bytes())].contains(&want.to_owned()),
+                "{key}: {}",
+                path.display()
+            );
+        }
+    }
+}
