@@ -28,6 +28,8 @@ pub(crate) struct Vocab {
     ends: Vec<u32>,
     ids: HashTable<u32>,
     hasher: DefaultHashBuilder,
+    /// Some text has several ids.
+    doubles: bool,
 }
 
 impl Vocab {
@@ -49,10 +51,12 @@ impl Vocab {
         if text.is_empty() {
             return Ok(());
         }
-        let Self { text: all, ends, ids, hasher } = self;
+        let Self { text: all, ends, ids, hasher, .. } = self;
         let of = |id: u32| text_of(all, ends, id);
         let entry = ids.entry(hasher.hash_one(text), |&i| of(i) == text, |&i| hasher.hash_one(of(i)));
-        *entry.or_insert(id as u32).get_mut() = id as u32;
+        let mut entry = entry.or_insert(id as u32);
+        self.doubles |= *entry.get() != id as u32;
+        *entry.get_mut() = id as u32;
         Ok(())
     }
 
@@ -94,15 +98,19 @@ impl Merges {
     ) -> Result<Self> {
         let mut map = HashMap::with_capacity(pairs.len());
         let mut whole = String::new();
+        // Most vocabularies list what merges make in the order of the merges: the next id is a good guess.
+        let mut guess = 0;
         for (rank, pair) in pairs.enumerate() {
             let (left, right) = pair.context(|| format!("merge {rank}"))?;
             whole.clear();
             whole.push_str(left);
             whole.push_str(right);
-            let (Some(l), Some(r), Some(w)) = (vocab.id(left), vocab.id(right), vocab.id(&whole)) else {
+            let made = if !vocab.doubles && vocab.text(guess) == whole { Some(guess) } else { vocab.id(&whole) };
+            let (Some(l), Some(r), Some(w)) = (vocab.id(left), vocab.id(right), made) else {
                 bail!(Tokenizer, "merge {rank} ({left:?} + {right:?}) is not within the vocabulary");
             };
             map.insert((l, r), (rank as u32, w));
+            guess = w + 1;
         }
         Ok(Merges::Listed(map))
     }

@@ -12,7 +12,7 @@ use crate::format::gguf::Gguf;
 use crate::format::mmap::read_text;
 use crate::format::roles::{self, Slot};
 use crate::format::safetensors::Shards;
-use crate::format::{StoredType, TensorEntry, Tokenizer, gguf_config, hf_config};
+use crate::format::{ChatTemplate, StoredType, TensorEntry, Tokenizer, gguf_config, hf_config};
 use crate::model::config::{Family, ModelConfig};
 use crate::model::roles::{LayerRole, Role, TensorSource};
 use crate::tensor::{Bytes, HostTensor};
@@ -80,6 +80,14 @@ impl Checkpoint {
         let (tokens, rows) = (tokenizer.vocab_size(), self.config.vocab);
         ensure!(tokens <= rows, Tokenizer, "the tokenizer has {tokens} tokens, the embedding only {rows} rows");
         Ok(tokenizer.with_eos(&self.config.eos))
+    }
+
+    /// The model's chat template; `None` for a model without one.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        match &self.store {
+            Store::Gguf(g) => ChatTemplate::from_gguf(g, &self.path.display().to_string()),
+            Store::Hf(_) => ChatTemplate::from_folder(&self.path),
+        }
     }
 
     /// The files' tensor table.

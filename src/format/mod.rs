@@ -25,7 +25,7 @@ pub mod tokenizer;
 mod tokenizer_gguf;
 mod tokenizer_json;
 
-//pub use chat_template::{ChatTemplate, Message};
+pub use chat_template::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use tokenizer::{Decoder, Tokenizer};
 
