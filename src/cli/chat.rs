@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::flags::{ChatArgs, Common};
 use super::{generate, out};
+use crate::engine::Message;
 use crate::error::{Error, Result, bail};
 
 pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
@@ -16,7 +17,7 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
     };
     let context = args.sampling.context.unwrap_or_else(|| engine.config().context.min(4096));
     let mut session = engine.session(context, common.seed)?;
-    let mut turns: Vec<(String, String)> = args.system.iter().map(|s| ("system".into(), s.clone())).collect();
+    let mut turns: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
     let ask = std::io::stdin().is_terminal() && !common.json;
     if ask {
         eprintln!("{} on {}; an empty line or ctrl-d ends.", common.model, engine.device());
@@ -32,9 +33,8 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
         if line.trim().is_empty() {
             break;
         }
-        turns.push(("user".into(), line));
-        let messages: Vec<(&str, &str)> = turns.iter().map(|(r, c)| (r.as_str(), c.as_str())).collect();
-        let ids = engine.tokenizer()?.encode(&template.render(&messages, true)?, false, true)?;
+        turns.push(Message::new("user", line));
+        let ids = engine.tokenizer()?.encode(&template.render(&turns, true)?, false, true)?;
         // The template is rendered anew each turn; what the cache already holds of it is kept.
         let same = ids.iter().zip(session.tokens()).take_while(|(a, b)| a == b).count();
         session.truncate(same);
@@ -52,7 +52,7 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
         } else {
             out::print("\n")?;
         }
-        turns.push(("assistant".into(), answer));
+        turns.push(Message::new("assistant", answer));
     }
     Ok(())
 }

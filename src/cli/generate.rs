@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
 use super::out;
 use crate::decode::sampler::top_k;
-use crate::engine::{Engine, Generate, Session};
+use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
 
 pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
@@ -136,7 +136,7 @@ fn prompt_ids(engine: &Engine, args: &GenerateArgs, prompt: Option<String>) -> R
         }
         return tokenizer.encode(&prompt, true, true);
     };
-    let mut messages: Vec<(&str, &str)> = args.system.iter().map(|s| ("system", s.as_str())).collect();
-    messages.push(("user", &prompt));
+    let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
+    messages.push(Message::new("user", prompt));
     tokenizer.encode(&template.render(&messages, true)?, false, true)
 }

@@ -1,12 +1,12 @@
 //! [`Engine`]: the embedded API. Opens a model on a device chosen at run time and hands out sessions.
 //!
 //! ```no_run
-//! use quadriga::engine::{Engine, Generate};
+//! use quadriga::engine::{Engine, Generate, Message};
 //!
 //! # fn main() -> quadriga::Result<()> {
 //! let engine = Engine::open("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
 //! let mut session = engine.session(2048, 7)?;
-//! session.push_chat(&[("user", "Name three primary colours.")])?;
+//! session.push_chat(&[Message::new("user", "Name three primary colours.")])?;
 //! for piece in session.generate(Generate::default().max_tokens(64))? {
 //!     print!("{}", piece?.text);
 //! }
@@ -28,7 +28,8 @@ use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::naive::Naive;
 use crate::error::{Context, Error, ErrorKind, Result, bail};
-use crate::format::{Checkpoint, Tokenizer};
+pub use crate::format::Message;
+use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig};
 use erased::{AnyModel, Shared};
@@ -92,15 +93,6 @@ impl EngineOptions {
     }
 }
 
-/// STUB until the merge.
-pub struct ChatTemplate;
-impl ChatTemplate {
-    /// STUB
-    pub fn render(&self, _: &[(&str, &str)], _: bool) -> Result<String> {
-        bail!(Unsupported, "stub")
-    }
-}
-
 struct Inner {
     model: Box<dyn AnyModel>,
     /// What is wrong with a tokenizer or a template matters only to those who need it: token ids work without.
@@ -129,7 +121,7 @@ impl Engine {
         let (path, start) = (path.as_ref(), Instant::now());
         let checkpoint = Checkpoint::open(path)?;
         let (text, model) = std::thread::scope(|s| {
-            let text = s.spawn(|| (checkpoint.tokenizer(), Ok(None)));
+            let text = s.spawn(|| (checkpoint.tokenizer(), checkpoint.chat_template()));
             let model = Self::load(&checkpoint, &options);
             (text.join(), model)
         });

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::Engine;
 use super::erased::{AnySession, Decode};
+use super::{Engine, Message};
 use crate::decode::{DecodeStats, Sampler, TextStream};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -137,8 +137,8 @@ impl Session {
         self.push_ids(&ids)
     }
 
-    /// Appends messages (role, content) in the model's chat form, ready for the assistant's turn.
-    pub fn push_chat(&mut self, messages: &[(&str, &str)]) -> Result<()> {
+    /// Appends messages in the model's chat form, ready for the assistant's turn.
+    pub fn push_chat(&mut self, messages: &[Message]) -> Result<()> {
         let none = || Error::new(ErrorKind::Tokenizer, "this model has no chat template: use --raw");
         let text = self.engine.chat_template()?.ok_or_else(none)?.render(messages, true)?;
         let ids = self.engine.tokenizer()?.encode(&text, false, true)?;
