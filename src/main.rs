@@ -1,3 +1,5 @@
-//! The `quadriga` command.
+//! The `quadriga` command: see `quadriga --help`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    quadriga::cli::main()
+}

@@ -1,4 +1,59 @@
-//! What the command line needs beyond the engine: models by name, and where they are kept.
+//! The command line: verbs, flags, exit codes. Text goes to stdout, everything about it to stderr.
 
+mod bench_decode;
+mod chat;
+mod eval;
 pub mod fetch;
+pub mod flags;
+mod generate;
+mod inspect;
+mod out;
 pub mod registry;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::{Error, Result};
+use flags::{Bench, Cli, Command, Eval};
+
+/// Parses the arguments, runs the verb and says how it went: 0 done, 1 a negative result, 2 an error. A broken pipe is
+/// success: whoever read our output had enough.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // A failure to print leaves nobody to tell.
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let level = ["warn", "info", "debug"][usize::from(cli.common.verbose).min(2)];
+    let filter = tracing_subscriber::EnvFilter::try_from_env("QUADRIGA_LOG").unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(e: &Error) -> bool {
+    let io = std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>());
+    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let common = &cli.common;
+    match &cli.command {
+        Command::Inspect(a) => inspect::run(common, a),
+        Command::Generate(a) => generate::run(common, a),
+        Command::Chat(a) => chat::run(common, a),
+        Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
+        Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}

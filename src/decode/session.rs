@@ -39,7 +39,7 @@ impl<B: Backend> Session<B> {
             "a context of {capacity} tokens was asked for; this model allows 1 to {}",
             cfg.context
         );
-        let be = &**model.backend();
+        let be = model.backend();
         let rows = PREFILL_ROWS.min(capacity);
         let cache = KvCache::new(be, cfg, capacity)?;
         let ws = Workspace::new(be, cfg, rows, LOGIT_ROWS.min(rows))?;
@@ -119,7 +119,11 @@ impl<B: Backend> Session<B> {
 
     /// Draws the next token, without appending it.
     pub fn sample(&mut self, sampler: &Sampler) -> Result<u32> {
-        sampler.sample(&mut self.logits, &self.tokens, &mut self.rng)
+        if sampler.repeat_penalty == 1.0 {
+            return sampler.sample(&mut self.logits, &self.tokens, &mut self.rng);
+        }
+        // The penalty changes logits in place; those of the model are kept.
+        sampler.sample(&mut self.logits.clone(), &self.tokens, &mut self.rng)
     }
 
     /// One pass over `tokens` behind the committed rows, staged and not kept; all rows' logits are in the workspace.

@@ -1,1 +1,84 @@
-//! Files to memory: GGUF, safetensors, tokenizers, chat templates. No mathematics.
+//! Files to memory: weights, configuration, tokenizer, chat template. No arithmetic on weights beyond what a file's
+//! conventions ask to be undone.
+//!
+//! Start at [`Checkpoint`]. Nothing in a file is trusted: sizes, offsets and names are checked before use, and whatever is
+//! wrong comes back as an [`Error`](crate::Error) that says where.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+
+use crate::dtype::DType;
+
+mod bpe;
+pub mod chat_template;
+pub mod checkpoint;
+pub mod gguf;
+pub mod gguf_config;
+pub mod hf_config;
+pub mod mmap;
+pub mod roles;
+pub mod safetensors;
+pub mod tokenizer;
+mod tokenizer_gguf;
+mod tokenizer_json;
+
+//pub use chat_template::{ChatTemplate, Message};
+pub use checkpoint::Checkpoint;
+pub use tokenizer::{Decoder, Tokenizer};
+
+/// The element type a file declares for a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoredType {
+    /// One that the engine reads.
+    Known(DType),
+    /// Another; fine as long as nobody needs the tensor.
+    Other(String),
+}
+
+impl fmt::Display for StoredType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoredType::Known(d) => d.fmt(f),
+            StoredType::Other(name) => f.write_str(name),
+        }
+    }
+}
+
+/// A row of a file's tensor table.
+#[derive(Clone, Debug)]
+pub struct TensorEntry {
+    /// Name in the file.
+    pub name: String,
+    /// Stored type.
+    pub stored: StoredType,
+    /// Dimensions, row-major: the last varies fastest.
+    pub shape: Vec<usize>,
+    /// Where its bytes lie in the file; inside it, checked.
+    pub range: Range<usize>,
+}
+
+/// A JSON object as pairs in the file's order, so that a key given twice is seen.
+pub(crate) struct Pairs<V>(pub(crate) Vec<(String, V)>);
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Object<V>(PhantomData<V>);
+        impl<'de, V: Deserialize<'de>> Visitor<'de> for Object<V> {
+            type Value = Pairs<V>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs<V>, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        d.deserialize_map(Object(PhantomData))
+    }
+}

@@ -84,6 +84,16 @@ impl LayerRole {
 }
 
 impl Role {
+    /// Whether it is a norm or a bias.
+    pub fn is_vector(self) -> bool {
+        use LayerRole::*;
+        match self {
+            Role::Embed | Role::Head => false,
+            Role::FinalNorm => true,
+            Role::Layer(_, r) => !matches!(r, Q | K | V | O | Gate | Up | Down),
+        }
+    }
+
     /// The shape `[rows, cols]` that `cfg` gives this tensor (a vector is `[1, n]`), or `None` where a model of this config
     /// has no such tensor.
     pub fn shape(self, cfg: &ModelConfig) -> Option<[usize; 2]> {

@@ -94,7 +94,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// The device.
-    pub fn backend(&self) -> &Arc<B> {
+    pub fn backend(&self) -> &B {
         &self.be
     }
 

@@ -1,6 +1,17 @@
 //! The native CPU backend: f32 activations, weights in the file's own precision, kernels chosen at run time.
 
+pub mod attention;
+mod backend;
+pub mod bandwidth;
+pub mod kv;
+pub mod lanes;
+pub mod logits;
+pub mod matmul;
+pub mod memory;
 pub mod pool;
+pub mod rows;
+
+pub use backend::Cpu;
 
 use std::fmt;
 

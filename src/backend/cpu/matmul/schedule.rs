@@ -1,0 +1,159 @@
+//! Dealing the panels of a job out to threads, and what becomes of a panel's sums.
+#![allow(unsafe_code)]
+
+use super::acts::quantize_row;
+use super::layout::{Aligned, PANEL};
+use super::weight::PackedWeight;
+use super::{Inputs, Job, MatmulCx, Sums, TILE_ROWS, glu, panel_sums};
+use crate::backend::WeightInfo;
+use crate::backend::cpu::pool::Shards;
+use crate::backend::cpu::{Compute, Tier};
+use crate::dtype::DType;
+use crate::error::{Result, ensure};
+use crate::model::config::Activation;
+
+/// Multiply-adds below which a task is not worth handing to another thread: about two microseconds of one row.
+const MIN_TASK: usize = 48 << 10;
+/// Tasks a thread gets at most: enough that a slow core does not hold the others up.
+const TASKS_PER_THREAD: usize = 12;
+/// Activations above which their quantisation is shared among the threads.
+const PARALLEL_QUANTIZE: usize = 16 << 10;
+
+/// Rows of `x`; an error where lengths do not fit.
+fn rows(x: &[f32], y: usize, w: &PackedWeight) -> Result<usize> {
+    let (out, cols) = (w.rows(), w.cols());
+    let rows = x.len() / cols.max(1);
+    ensure!(
+        x.len() == rows * cols && y == rows * out,
+        Shape,
+        "a weight [{out}, {cols}] does not fit {} inputs and {y} outputs",
+        x.len()
+    );
+    Ok(rows)
+}
+
+/// Runs `panel(inputs, panel number, first row, rows, room for sums)` for every panel and run of rows, on all threads.
+fn deal<'w>(
+    cx: &MatmulCx<'_>,
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    panels: usize,
+    weights: impl Iterator<Item = &'w PackedWeight>,
+    panel: impl Fn(Inputs<'_>, usize, usize, usize, &mut [Sums; 2]) + Sync,
+) {
+    let (mut quantize, mut wide) = (false, false);
+    for w in weights.filter(|w| cx.compute == Compute::Fast && w.dtype().is_quantized()) {
+        quantize = true;
+        wide |= cx.tier == Tier::Avx2 && w.dtype() == DType::Q8_0;
+    }
+    let mut scratch = cx.scratch.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if quantize {
+        let (units, stride) = scratch.resize(rows, cols, wide);
+        let each = if rows * cols > PARALLEL_QUANTIZE { rows.div_ceil(4 * cx.pool.threads()) } else { rows };
+        cx.pool.run_chunks(units, each * stride, |i, units| {
+            for (r, record) in units.chunks_exact_mut(stride).enumerate() {
+                let at = (i * each + r) * cols;
+                quantize_on(cx.tier, &x[at..at + cols], record);
+            }
+        });
+    }
+    let inputs = Inputs { f32s: x, quantized: quantize.then(|| scratch.view()) };
+    let least = MIN_TASK.div_ceil((PANEL * cols * rows).max(1));
+    let each = panels.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).max(least).max(1);
+    cx.pool.run(panels.div_ceil(each), |task| {
+        let mut tiles = Aligned([[0.0; TILE_ROWS * PANEL]; 2]);
+        for first in (0..rows).step_by(TILE_ROWS) {
+            let n = TILE_ROWS.min(rows - first);
+            for p in task * each..((task + 1) * each).min(panels) {
+                panel(inputs, p, first, n, &mut tiles.0);
+            }
+        }
+    });
+}
+
+fn quantize_on(tier: Tier, x: &[f32], record: &mut [[f32; 4]]) {
+    match tier {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 | Tier::Avx512 => super::kernel_avx2::quantize(x, record),
+        _ => quantize_row(x, record),
+    }
+}
+
+/// Each job's y = W x + bias, or y += W x.
+pub(super) fn linear<const N: usize>(cx: &MatmulCx<'_>, x: &[f32], jobs: [Job<'_>; N], add: bool) -> Result<()> {
+    let Some(first) = jobs.first() else { return Ok(()) };
+    let (rows_in_pass, cols) = (rows(x, first.y.len(), first.w)?, first.w.cols());
+    for j in &jobs {
+        ensure!(
+            j.w.cols() == cols && rows(x, j.y.len(), j.w)? == rows_in_pass,
+            Shape,
+            "weights of one input have {cols} and {} columns",
+            j.w.cols()
+        );
+        ensure!(
+            j.bias.is_none_or(|b| b.len() == j.w.rows()),
+            Shape,
+            "a bias of {} values for {} outputs",
+            j.bias.map_or(0, <[f32]>::len),
+            j.w.rows()
+        );
+    }
+    let outputs = jobs.map(|j| (j.w, j.bias, Shards::new(j.y)));
+    let panels = outputs.iter().map(|o| o.0.panels_len()).sum();
+    deal(cx, x, rows_in_pass, cols, panels, outputs.iter().map(|o| o.0), |x, mut p, first, n, [sums, _]| {
+        let mut job = 0;
+        while p >= outputs[job].0.panels_len() {
+            p -= outputs[job].0.panels_len();
+            job += 1;
+        }
+        let (w, bias, y) = &outputs[job];
+        panel_sums(cx.tier, w, p, x, first, n, sums);
+        let (out, at) = (w.rows(), p * PANEL);
+        let width = PANEL.min(out - at);
+        for (r, sums) in sums.chunks_exact(PANEL).take(n).enumerate() {
+            // SAFETY: each panel and each run of rows is one task's, so no two of these overlap.
+            let y = unsafe { y.slice((first + r) * out + at, width) };
+            match bias {
+                _ if add => y.iter_mut().zip(sums).for_each(|(y, s)| *y += s),
+                Some(b) => y.iter_mut().zip(sums).zip(&b[at..]).for_each(|((y, s), b)| *y = s + b),
+                None => y.copy_from_slice(&sums[..width]),
+            }
+        }
+    });
+    Ok(())
+}
+
+/// y = act(gate x) * (up x).
+pub(super) fn glu(
+    cx: &MatmulCx<'_>,
+    y: &mut [f32],
+    x: &[f32],
+    gate: &PackedWeight,
+    up: &PackedWeight,
+    act: Activation,
+) -> Result<()> {
+    let rows = rows(x, y.len(), gate)?;
+    let out = gate.rows();
+    let y = Shards::new(y);
+    deal(cx, x, rows, gate.cols(), gate.panels_len(), [gate, up].into_iter(), |x, p, first, n, [g, u]| {
+        panel_sums(cx.tier, gate, p, x, first, n, g);
+        panel_sums(cx.tier, up, p, x, first, n, u);
+        let at = p * PANEL;
+        let width = PANEL.min(out - at);
+        for (r, (g, u)) in g.chunks_exact(PANEL).zip(u.chunks_exact(PANEL)).take(n).enumerate() {
+            // SAFETY: as in `linear`.
+            let y = unsafe { y.slice((first + r) * out + at, width) };
+            glu_on(cx.tier, y, &g[..width], &u[..width], act);
+        }
+    });
+    Ok(())
+}
+
+fn glu_on(tier: Tier, y: &mut [f32], gate: &[f32], up: &[f32], act: Activation) {
+    match tier {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 | Tier::Avx512 => super::kernel_avx2::glu(y, gate, up, act),
+        _ => glu::glu(y, gate, up, act),
+    }
+}

@@ -1,0 +1,145 @@
+//! [`PackedWeight`]: a matrix in the form in which the kernels read it.
+
+use super::layout::{BLOCK, Block, Layout, PANEL};
+use super::pack;
+use crate::backend::WeightInfo;
+use crate::backend::cpu::memory::{AlignedBytes, Arena};
+use crate::backend::cpu::pool::Pool;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::tensor::{Bytes, HostTensor};
+
+/// Bytes packed by one task, and between two releases of source pages.
+const CHUNK: usize = 256 << 10;
+
+/// A weight matrix `[rows, cols]`: plain types row-major where they are, quantised ones repacked into panels of 16 outputs.
+pub struct PackedWeight {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    store: Store,
+}
+
+enum Store {
+    /// Row-major, in the file's map.
+    Shared(Bytes),
+    /// Row-major or in panels.
+    Own(AlignedBytes),
+}
+
+impl PackedWeight {
+    /// Brings `t` into the kernels' form, in parallel. The source's pages are released where they were copied.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn pack(t: HostTensor, pool: &Pool, arena: &Arena) -> Result<Self> {
+        let HostTensor { dtype, rows, cols, data } = t;
+        let store = if dtype.is_quantized() {
+            let packed = Self::panels(dtype, rows, cols, &data, pool, arena)?;
+            data.release();
+            Store::Own(packed)
+        } else if (data.as_ptr() as usize).is_multiple_of(dtype.block_bytes()) {
+            Store::Shared(data)
+        } else {
+            let mut copy = arena.alloc(data.len())?;
+            pool.run_chunks(&mut copy, CHUNK, |i, c| c.copy_from_slice(&data[i * CHUNK..i * CHUNK + c.len()]));
+            data.release();
+            Store::Own(copy)
+        };
+        Ok(Self { dtype, rows, cols, store })
+    }
+
+    fn panels(dtype: DType, rows: usize, cols: usize, data: &[u8], pool: &Pool, arena: &Arena) -> Result<AlignedBytes> {
+        let (row, panel) = (dtype.row_bytes(cols)?, Layout::of(dtype as u8).panel(cols));
+        let mut packed = arena.alloc(rows.div_ceil(PANEL) * panel)?;
+        if row > 0 {
+            let panels = (CHUNK / panel).max(1);
+            pool.run_chunks(&mut packed, panels * panel, |i, chunk| {
+                for (p, out) in chunk.chunks_exact_mut(panel).enumerate() {
+                    let first = (i * panels + p) * PANEL;
+                    let mut source: [&[u8]; PANEL] = [&[]; PANEL];
+                    let mut n = 0;
+                    for (s, r) in source.iter_mut().zip(data[first * row..].chunks_exact(row)) {
+                        *s = r;
+                        n += 1;
+                    }
+                    pack::panel(dtype, &source[..n], out);
+                }
+            });
+        }
+        Ok(packed)
+    }
+
+    /// Stored type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Row `r` as f32, bit-equal to [`DType::to_f32`] of the file's row.
+    ///
+    /// # Panics
+    /// If `r` is not a row or `out` is not `cols` long.
+    pub fn row_f32(&self, r: usize, out: &mut [f32]) {
+        assert!(r < self.rows && out.len() == self.cols, "row {r} of [{}, {}]", self.rows, self.cols);
+        if self.dtype.is_quantized() {
+            let panel = self.panel(r / PANEL);
+            for (k, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+                Block::new(self.dtype, panel, k).channel(r % PANEL, out);
+            }
+        } else {
+            let n = self.row_bytes();
+            self.dtype.to_f32(&self.data()[r * n..(r + 1) * n], out);
+        }
+    }
+
+    pub(super) fn data(&self) -> &[u8] {
+        match &self.store {
+            Store::Shared(b) => b,
+            Store::Own(b) => b,
+        }
+    }
+
+    /// Panels of 16 outputs, the last one perhaps with fewer.
+    pub(super) fn panels_len(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// Inputs.
+    pub(super) fn cols_len(&self) -> usize {
+        self.cols
+    }
+
+    /// Blocks of 32 inputs in a row.
+    pub(super) fn blocks(&self) -> usize {
+        self.cols / BLOCK
+    }
+
+    /// Bytes of a row of a plain type.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.cols * self.dtype.block_bytes()
+    }
+
+    /// Panel `p`: packed blocks, or 16 rows (fewer at the end) of a plain type.
+    pub(super) fn panel(&self, p: usize) -> &[u8] {
+        let data = self.data();
+        if self.dtype.is_quantized() {
+            let n = Layout::of(self.dtype as u8).panel(self.cols);
+            &data[p * n..(p + 1) * n]
+        } else {
+            let n = self.row_bytes();
+            &data[p * PANEL * n..((p + 1) * PANEL).min(self.rows) * n]
+        }
+    }
+}
+
+impl WeightInfo for PackedWeight {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+    fn cols(&self) -> usize {
+        self.cols
+    }
+    fn bytes(&self) -> usize {
+        self.data().len()
+    }
+}

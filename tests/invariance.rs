@@ -1,0 +1,160 @@
+//! What speculation and reproducibility rest on: a row's result depends neither on the rows beside it, nor on the number
+//! of threads, nor on whether its keys were committed or staged, in a line or in a tree. All comparisons are of bits.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use quadriga::backend::cpu::{Compute, Cpu, Tier};
+use quadriga::backend::{Mask, TreeMask};
+use quadriga::format::Checkpoint;
+use quadriga::model::{KvCache, Model, Sequence, Want, Workspace};
+use quadriga::rng::Rng;
+
+struct Run {
+    model: Model<Cpu>,
+    ws: Workspace<Cpu>,
+}
+
+impl Run {
+    fn new(name: &str, threads: usize, tier: Tier, compute: Compute) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let model = Model::load(Arc::new(Cpu::with(threads, tier, compute)), &checkpoint, |_, _| {}).unwrap();
+        let ws = Workspace::new(model.backend(), model.config(), 64, 64).unwrap();
+        Self { model, ws }
+    }
+
+    fn cache(&self) -> KvCache<Cpu> {
+        KvCache::new(self.model.backend(), self.model.config(), 128).unwrap()
+    }
+
+    /// Bits of the logits of every row of a pass.
+    fn pass(&mut self, cache: &mut KvCache<Cpu>, tokens: &[u32], mask: Mask<'_>) -> Vec<Vec<u32>> {
+        let seq = Sequence { cache, tokens, mask, want: Want::All };
+        let rows = self.model.forward(&mut [seq], &mut self.ws).unwrap();
+        let mut row = vec![0.0; self.model.config().vocab];
+        (0..rows)
+            .map(|r| {
+                self.ws.logits(self.model.backend(), r, &mut row).unwrap();
+                row.iter().map(|x| x.to_bits()).collect()
+            })
+            .collect()
+    }
+
+    /// Token by token: the rows that everything else must equal.
+    fn one_by_one(&mut self, tokens: &[u32]) -> Vec<Vec<u32>> {
+        let mut cache = self.cache();
+        let mut rows = Vec::new();
+        for t in tokens {
+            rows.extend(self.pass(&mut cache, &[*t], Mask::Causal));
+            cache.commit_first(1).unwrap();
+        }
+        rows
+    }
+}
+
+fn random(rng: &mut Rng, n: usize, vocab: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.below(vocab) as u32).collect()
+}
+
+const MODELS: [&str; 5] = ["tiny-gguf/legacy.gguf", "tiny-gguf/k.gguf", "tiny-llama", "tiny-mistral", "tiny-gemma3"];
+
+fn every(mut f: impl FnMut(&str, Tier, Compute)) {
+    for name in MODELS {
+        for tier in Tier::available() {
+            for compute in [Compute::Fast, Compute::Exact] {
+                f(name, tier, compute);
+            }
+        }
+    }
+}
+
+#[test]
+fn batches_of_any_size_equal_single_rows() {
+    let mut rng = Rng::new(11);
+    every(|name, tier, compute| {
+        let mut run = Run::new(name, 1, tier, compute);
+        let vocab = run.model.config().vocab;
+        let tokens = random(&mut rng, 90, vocab);
+        let single = run.one_by_one(&tokens);
+        for threads in [1, 2, 3] {
+            let mut run = Run::new(name, threads, tier, compute);
+            for _ in 0..3 {
+                let (mut cache, mut at) = (run.cache(), 0);
+                while at < tokens.len() {
+                    let n = (1 + rng.below(64)).min(tokens.len() - at);
+                    let rows = run.pass(&mut cache, &tokens[at..at + n], Mask::Causal);
+                    cache.commit_first(n).unwrap();
+                    for (i, row) in rows.iter().enumerate() {
+                        assert!(
+                            row == &single[at + i],
+                            "{name} {tier} {compute:?}: row {i} of {n} at {at}, {threads} threads"
+                        );
+                    }
+                    at += n;
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn tree_paths_equal_plain_sequences() {
+    let mut rng = Rng::new(12);
+    every(|name, tier, compute| {
+        let mut run = Run::new(name, 2, tier, compute);
+        let vocab = run.model.config().vocab;
+        let (prefix_len, n) = (1 + rng.below(40), 2 + rng.below(62));
+        let prefix = random(&mut rng, prefix_len, vocab);
+        let tokens = random(&mut rng, n, vocab);
+        let parents: Vec<u32> =
+            (0..n).map(|i| if i == 0 || rng.below(6) == 0 { TreeMask::ROOT } else { rng.below(i) as u32 }).collect();
+        let mask = TreeMask::new(&parents).unwrap();
+        let mut cache = run.cache();
+        run.pass(&mut cache, &prefix, Mask::Causal);
+        cache.commit_first(prefix.len()).unwrap();
+        let rows = run.pass(&mut cache, &tokens, Mask::Tree(&mask));
+        let leaf = rng.below(n) as u32;
+        let mut path = vec![leaf];
+        while mask.parent(path[0] as usize) != TreeMask::ROOT {
+            path.insert(0, mask.parent(path[0] as usize));
+        }
+        let line: Vec<u32> = prefix.iter().copied().chain(path.iter().map(|&p| tokens[p as usize])).collect();
+        let mut next = line.clone();
+        next.push(1);
+        let single = run.one_by_one(&next);
+        for (i, &p) in path.iter().enumerate() {
+            assert!(rows[p as usize] == single[prefix.len() + i], "{name} {tier} {compute:?}: node {p} of {n}");
+        }
+        // The committed path must serve the next token as if it had been decoded.
+        let mut again = run.cache();
+        run.pass(&mut again, &prefix, Mask::Causal);
+        again.commit_first(prefix.len()).unwrap();
+        run.pass(&mut again, &tokens, Mask::Tree(&mask));
+        again.commit(run.model.backend(), &path).unwrap();
+        let row = run.pass(&mut again, &[1], Mask::Causal);
+        assert!(row[0] == single[line.len()], "{name} {tier} {compute:?}: after committing {path:?}");
+    });
+}
+
+#[test]
+fn sequences_of_one_pass_do_not_mix() {
+    let mut rng = Rng::new(13);
+    let mut run = Run::new("tiny-gemma3", 2, Tier::detect(), Compute::Fast);
+    let vocab = run.model.config().vocab;
+    let texts: Vec<Vec<u32>> = [3, 1, 20].map(|n| random(&mut rng, n, vocab)).into();
+    let alone: Vec<_> = texts.iter().flat_map(|t| run.one_by_one(t)).collect();
+    let mut caches: Vec<_> = texts.iter().map(|_| run.cache()).collect();
+    let mut seqs: Vec<_> = caches
+        .iter_mut()
+        .zip(&texts)
+        .map(|(cache, tokens)| Sequence { cache, tokens, mask: Mask::Causal, want: Want::All })
+        .collect();
+    let rows = run.model.forward(&mut seqs, &mut run.ws).unwrap();
+    assert_eq!(rows, alone.len());
+    let mut row = vec![0.0; vocab];
+    for (i, want) in alone.iter().enumerate() {
+        run.ws.logits(run.model.backend(), i, &mut row).unwrap();
+        assert!(row.iter().map(|x| x.to_bits()).eq(want.iter().copied()), "row {i}");
+    }
+}
