@@ -48,9 +48,7 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
         Op::LinearGlu { rows, input, output, .. } => {
             (weights + rows * (input + output) * act, rows * output * (4 * input + 12))
         }
-        Op::Rope { rows, heads, head_dim } => {
-            ((2 * heads + 1) * rows * head_dim * acc, 3 * rows * heads * head_dim)
-        }
+        Op::Rope { rows, heads, head_dim } => ((2 * heads + 1) * rows * head_dim * acc, 3 * rows * heads * head_dim),
         Op::RopeStage(a) => {
             let (q, k, rows) = (a.spec.q_dim(), a.spec.kv_dim(), a.rows());
             (rows * ((2 * q + 2 * k + a.spec.head_dim) * acc + 2 * k * kv), 3 * rows * (q + k))

@@ -111,9 +111,7 @@ impl Op {
             Op::RmsNorm { d, .. } | Op::AddRmsNorm { d, .. } | Op::AddNormed { d, .. } => d,
             Op::HeadNorm { head_dim, .. } => head_dim,
             Op::Linear { input, .. } | Op::Qkv { input, .. } | Op::LinearGlu { input, .. } => input,
-            _ => self.attn().map_or(1, |a| {
-                a.spec.head_dim + a.segments.iter().map(|s| s.0 + s.1).max().unwrap_or(0)
-            }),
+            _ => self.attn().map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + s.1).max().unwrap_or(0)),
         }
     }
 }

@@ -167,8 +167,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
         let kv_row = op.attn().map_or(0, |a| 2 * a.spec.kv_dim() * setup.kv_bytes);
         let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + s.1).sum());
         let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + kv_row * kv_rows;
-        // An embedding is read by rows; copies of it would change nothing.
-        let rotate = one > 0 && !matches!(op, Op::Embed { .. });
+        // An embedding is read by rows, and a cache is committed while its rows are warm: copies would change nothing.
+        let rotate = one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCopy(_));
         let copies = if rotate { setup.working_set.div_ceil(one).clamp(1, 4096) } else { 1 };
         let mut weights = Vec::new();
         for _ in 0..if sources.is_empty() { 0 } else { copies } {
@@ -232,7 +232,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             Some(a) => self.tree.iter().map(|t| mask(a.mask, t)).collect(),
             None => Vec::new(),
         };
-        let layers = if matches!(self.op, Op::KvCommit(_) | Op::KvCopy(_)) { self.copies.max(LAYERS) } else { 1 };
+        let layers = if matches!(self.op, Op::KvCommit(_) | Op::KvCopy(_)) { LAYERS } else { 1 };
         let one = cost(&self.op, weights, self.sizes, &masks);
         Cost { bytes: one.bytes * layers as f64, flops: one.flops * layers as f64 }
     }
@@ -269,9 +269,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
         let all = |b: &B::Buf<B::Acc>| b.len();
         match (self.op, &mut acc[..], &mut act[..]) {
             (Op::Embed { rows, d, .. }, [y], _) => be.embed(y.head_mut(rows * d), &w[0].w, ids, 1.5),
-            (Op::GatherRows { rows, d, .. }, [y, x], _) => {
-                be.gather_rows(y.head_mut(rows * d), x.head(all(x)), ids, d)
-            }
+            (Op::GatherRows { rows, d, .. }, [y, x], _) => be.gather_rows(y.head_mut(rows * d), x.head(all(x)), ids, d),
             (Op::Add { .. }, [x, r], _) => be.add(x.head_mut(r.len()), r.head(r.len())),
             (Op::RmsNorm { rows, d }, [x, w], [y]) => be.rms_norm(y.head_mut(rows * d), x.head(rows * d), w, EPS),
             (Op::AddRmsNorm { rows, d }, [x, w, r], [y]) => {
@@ -282,9 +280,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
                 }
                 be.add_rms_norm(y.head_mut(n), x, r.head(n), w, rows, EPS)
             }
-            (Op::AddNormed { rows, d }, [x, w, r], _) => {
-                be.add_normed(x.head_mut(rows * d), r.head(rows * d), w, EPS)
-            }
+            (Op::AddNormed { rows, d }, [x, w, r], _) => be.add_normed(x.head_mut(rows * d), r.head(rows * d), w, EPS),
             (Op::HeadNorm { .. }, [x, w], _) => {
                 let n = x.len();
                 be.head_norm(x.head_mut(n), w, EPS)
