@@ -1,6 +1,7 @@
 //! quadriga: a from-scratch LLM engine. Hand-written kernels drive a minimal transformer runtime, without an ML framework.
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod decode;
 pub mod dtype;

@@ -50,8 +50,8 @@ impl Case {
                 case.wheel().display(),
                 case.path("runs").display()
             );
-            // Written and renamed: another thread's fork may hold a file open for writing that is written in place,
-            // and such a file cannot be run.
+            // Written by a child: a file that this process has open for writing could be inherited by another test's
+            // child, and cannot be run until that ends.
             let file = bin.join(name);
             let status = Command::new("sh")
                 .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])

@@ -99,6 +99,8 @@ pub(super) enum Eval {
 pub(super) enum Bench {
     /// Prefill, decode and the cost of a pass of n rows, beside the memory bandwidth.
     Decode(BenchDecodeArgs),
+    /// Every kernel at the sizes of real models, beside the roof that bounds it.
+    Kernels(BenchKernelsArgs),
 }
 
 #[derive(Args)]
@@ -236,6 +238,19 @@ pub(super) struct BenchDecodeArgs {
     pub context: usize,
 }
 
+#[derive(Args)]
+pub(super) struct BenchKernelsArgs {
+    /// Only kernels or models whose name holds this.
+    #[arg(long)]
+    pub filter: Option<String>,
+    /// Also the sizes of models that need gigabytes.
+    #[arg(long)]
+    pub large: bool,
+    /// Timed batches of each kernel; the median and the 10th and 90th percentile are reported.
+    #[arg(long, default_value_t = 25)]
+    pub samples: usize,
+}
+
 impl Common {
     /// Opens `--model` on `--device`, with a progress bar on a terminal.
     pub fn engine(&self) -> Result<Engine> {
@@ -258,6 +273,15 @@ impl Common {
         }
     }
 
+    /// The instructions asked for.
+    pub fn tier(&self) -> Option<Tier> {
+        self.tier.map(|t| match t {
+            TierFlag::Portable => Tier::Portable,
+            TierFlag::Avx2 => Tier::Avx2,
+            TierFlag::Avx512 => Tier::Avx512,
+        })
+    }
+
     fn options(&self) -> Result<EngineOptions> {
         let device = match self.device {
             DeviceFlag::Auto => Device::Auto,
@@ -269,12 +293,8 @@ impl Common {
             bail!(Usage, "--threads {} is impossible: expected 0 to 1024", self.threads);
         }
         let mut o = EngineOptions::default().device(device).threads(self.threads).compute(self.compute());
-        if let Some(t) = self.tier {
-            o = o.tier(match t {
-                TierFlag::Portable => Tier::Portable,
-                TierFlag::Avx2 => Tier::Avx2,
-                TierFlag::Avx512 => Tier::Avx512,
-            });
+        if let Some(t) = self.tier() {
+            o = o.tier(t);
         }
         let bar = load_bar();
         Ok(o.progress(move |done, total| {

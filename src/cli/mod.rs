@@ -1,6 +1,7 @@
 //! The command line: verbs, flags, exit codes. Text goes to stdout, everything about it to stderr.
 
 mod bench_decode;
+mod bench_kernels;
 mod chat;
 mod eval;
 pub mod fetch;
@@ -56,6 +57,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Chat(a) => chat::run(common, a),
         Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
+        Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,15 @@
+//! One table of operations, read by the tests of kernels, by criterion and by `quadriga bench kernels`.
+//!
+//! An [`Op`] is an operation of [`Backend`](crate::backend::Backend) with its sizes; [`ops::realistic`] lists those of real
+//! models, [`ops::odd`] those that try the edges. [`Prepared`] runs any of them on any backend with seeded inputs and
+//! knows their [`Cost`](crate::perf::Cost). A new operation gets its line here and is tested and measured from that day.
+
+mod cost;
+pub mod inputs;
+pub mod ops;
+pub mod peaks;
+mod run;
+
+pub use inputs::Storage;
+pub use ops::{Case, Op};
+pub use run::{Prepared, Setup};

@@ -1,0 +1,289 @@
+//! The table.
+
+use std::fmt;
+
+use crate::backend::AttnSpec;
+use crate::dtype::DType::{self, *};
+use crate::model::config::Activation::{self, GeluTanh, Silu};
+
+/// Which staged rows see which; the owned form of [`Mask`](crate::backend::Mask).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum MaskKind {
+    Causal,
+    Full,
+    /// A tree in which row i hangs below row (i - 1) / 2.
+    Tree,
+}
+
+/// What the operations on caches share: the committed and the staged rows of each sequence of the pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attn {
+    /// Heads, scale and window.
+    pub spec: AttnSpec,
+    /// (committed rows, staged rows) of each sequence.
+    pub segments: &'static [(usize, usize)],
+    /// Of every sequence.
+    pub mask: MaskKind,
+}
+
+impl Attn {
+    /// Staged rows of all sequences.
+    pub fn rows(&self) -> usize {
+        self.segments.iter().map(|s| s.1).sum()
+    }
+}
+
+/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Op {
+    Embed { dtype: DType, vocab: usize, d: usize, rows: usize },
+    GatherRows { from: usize, rows: usize, d: usize },
+    Add { rows: usize, d: usize },
+    RmsNorm { rows: usize, d: usize },
+    AddRmsNorm { rows: usize, d: usize },
+    AddNormed { rows: usize, d: usize },
+    HeadNorm { rows: usize, heads: usize, head_dim: usize },
+    Linear { dtype: DType, rows: usize, input: usize, output: usize, bias: bool },
+    Qkv { dtype: DType, rows: usize, input: usize, q: usize, kv: usize, bias: bool },
+    Glu { rows: usize, d: usize, act: Activation },
+    LinearGlu { dtype: DType, rows: usize, input: usize, output: usize, act: Activation },
+    Rope { rows: usize, heads: usize, head_dim: usize },
+    RopeStage(Attn),
+    KvStage(Attn),
+    KvCommit(Attn),
+    KvCopy(Attn),
+    Attention(Attn),
+}
+
+impl Op {
+    /// Name of the trait's method.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Embed { .. } => "embed",
+            Op::GatherRows { .. } => "gather_rows",
+            Op::Add { .. } => "add",
+            Op::RmsNorm { .. } => "rms_norm",
+            Op::AddRmsNorm { .. } => "add_rms_norm",
+            Op::AddNormed { .. } => "add_normed",
+            Op::HeadNorm { .. } => "head_norm",
+            Op::Linear { .. } => "linear",
+            Op::Qkv { .. } => "qkv",
+            Op::Glu { .. } => "glu",
+            Op::LinearGlu { .. } => "linear_glu",
+            Op::Rope { .. } => "rope",
+            Op::RopeStage(_) => "rope_stage",
+            Op::KvStage(_) => "kv_stage",
+            Op::KvCommit(_) => "kv_commit",
+            Op::KvCopy(_) => "kv_copy",
+            Op::Attention(_) => "attention",
+        }
+    }
+
+    /// The weights' type, where there are weights.
+    pub fn dtype(&self) -> Option<DType> {
+        match *self {
+            Op::Embed { dtype, .. }
+            | Op::Linear { dtype, .. }
+            | Op::Qkv { dtype, .. }
+            | Op::LinearGlu { dtype, .. } => Some(dtype),
+            _ => None,
+        }
+    }
+
+    /// Whether it multiplies activations with a quantised matrix, so that a backend may round them to int8.
+    pub fn multiplies_quantized(&self) -> bool {
+        !matches!(self, Op::Embed { .. }) && self.dtype().is_some_and(DType::is_quantized)
+    }
+
+    /// The caches' part, where there is one.
+    pub fn attn(&self) -> Option<&Attn> {
+        match self {
+            Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a) | Op::Attention(a) => Some(a),
+            _ => None,
+        }
+    }
+
+    /// Length of the longest sum behind one output: rounding errors grow with its root.
+    pub fn reduction(&self) -> usize {
+        match *self {
+            Op::RmsNorm { d, .. } | Op::AddRmsNorm { d, .. } | Op::AddNormed { d, .. } => d,
+            Op::HeadNorm { head_dim, .. } => head_dim,
+            Op::Linear { input, .. } | Op::Qkv { input, .. } | Op::LinearGlu { input, .. } => input,
+            _ => self.attn().map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + s.1).max().unwrap_or(0)),
+        }
+    }
+}
+
+/// The sizes, as a table shows them.
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Op::Embed { dtype, vocab, d, rows } => write!(f, "{dtype} {rows} of {vocab}x{d}"),
+            Op::GatherRows { from, rows, d } => write!(f, "{rows} of {from}x{d}"),
+            Op::Add { rows, d } | Op::RmsNorm { rows, d } | Op::AddRmsNorm { rows, d } | Op::AddNormed { rows, d } => {
+                write!(f, "{rows}x{d}")
+            }
+            Op::HeadNorm { rows, heads, head_dim } | Op::Rope { rows, heads, head_dim } => {
+                write!(f, "{rows}x{heads}x{head_dim}")
+            }
+            Op::Linear { dtype, rows, input, output, bias } => {
+                write!(f, "{dtype} {rows}x{input}>{output}{}", if bias { " bias" } else { "" })
+            }
+            Op::Qkv { dtype, rows, input, q, kv, bias } => {
+                write!(f, "{dtype} {rows}x{input}>{q}+2x{kv}{}", if bias { " bias" } else { "" })
+            }
+            Op::Glu { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),
+            Op::LinearGlu { dtype, rows, input, output, act } => write!(f, "{dtype} {act:?} {rows}x{input}>2x{output}"),
+            Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a) | Op::Attention(a) => {
+                let s = a.spec;
+                write!(f, "{}/{}x{}", s.heads, s.kv_heads, s.head_dim)?;
+                for (past, rows) in a.segments {
+                    write!(f, " {past}+{rows}")?;
+                }
+                if a.mask != MaskKind::Causal {
+                    write!(f, " {:?}", a.mask)?;
+                }
+                s.window.map_or(Ok(()), |w| write!(f, " window {w}"))
+            }
+        }
+    }
+}
+
+/// An operation at the sizes of a real model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Case {
+    /// What and how large.
+    pub op: Op,
+    /// The model with these sizes.
+    pub model: &'static str,
+    /// Too large for a test.
+    pub large: bool,
+}
+
+fn spec(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttnSpec {
+    AttnSpec { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
+}
+
+/// Sizes of one model, and the types of its matrices and of its head.
+struct Model {
+    name: &'static str,
+    large: bool,
+    dtype: DType,
+    head: DType,
+    vocab: usize,
+    d: usize,
+    ffn: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+#[rustfmt::skip]
+const MODELS: [Model; 3] = [
+    Model { name: "SmolLM2-135M", large: false, dtype: Q4_1, head: Q8_0, vocab: 49152, d: 576, ffn: 1536, heads: 9, kv_heads: 3, head_dim: 64 },
+    Model { name: "Qwen3-0.6B", large: true, dtype: Q8_0, head: Q8_0, vocab: 151936, d: 1024, ffn: 3072, heads: 16, kv_heads: 8, head_dim: 128 },
+    Model { name: "Llama-3.1-8B", large: true, dtype: Q4_K, head: Q6_K, vocab: 128256, d: 4096, ffn: 14336, heads: 32, kv_heads: 8, head_dim: 128 },
+];
+
+/// The operations of a token, of a speculated tree and of a prompt in real models.
+pub fn realistic() -> Vec<Case> {
+    let mut v = Vec::new();
+    for m in MODELS {
+        let Model { dtype, d, ffn, heads, kv_heads, head_dim, .. } = m;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let mut ops = Vec::new();
+        for rows in [1, 8, 64, 512] {
+            ops.extend([
+                Op::Qkv { dtype, rows, input: d, q, kv, bias: false },
+                Op::Linear { dtype, rows, input: q, output: d, bias: false },
+                Op::LinearGlu { dtype, rows, input: d, output: ffn, act: Silu },
+                Op::Linear { dtype, rows, input: ffn, output: d, bias: false },
+                Op::AddRmsNorm { rows, d },
+                Op::RmsNorm { rows, d },
+                Op::Glu { rows, d: ffn, act: Silu },
+                Op::Rope { rows, heads, head_dim },
+            ]);
+            if rows <= 8 {
+                ops.push(Op::Linear { dtype: m.head, rows, input: d, output: m.vocab, bias: false });
+            }
+        }
+        let mut attn = |segments, mask, f: fn(Attn) -> Op| {
+            ops.push(f(Attn { spec: spec(heads, kv_heads, head_dim, None), segments, mask }))
+        };
+        attn(&[(128, 1)], MaskKind::Causal, Op::Attention);
+        attn(&[(1024, 1)], MaskKind::Causal, Op::Attention);
+        attn(&[(1024, 8)], MaskKind::Tree, Op::Attention);
+        attn(&[(1024, 32)], MaskKind::Full, Op::Attention);
+        attn(&[(0, 512)], MaskKind::Causal, Op::Attention);
+        attn(&[(128, 1)], MaskKind::Causal, Op::RopeStage);
+        attn(&[(0, 512)], MaskKind::Causal, Op::RopeStage);
+        attn(&[(1024, 32)], MaskKind::Tree, Op::KvCommit);
+        ops.push(Op::Embed { dtype: m.head, vocab: m.vocab, d, rows: 512 });
+        ops.push(Op::GatherRows { from: 512, rows: 8, d });
+        v.extend(ops.into_iter().map(|op| Case { op, model: m.name, large: m.large }));
+    }
+    // Every stored type at the size of one matrix.
+    for dtype in DType::ALL {
+        for rows in [1, 8] {
+            let op = Op::Linear { dtype, rows, input: 1024, output: 3072, bias: false };
+            v.push(Case { op, model: "Qwen3-0.6B", large: true });
+        }
+    }
+    v
+}
+
+/// Small sizes off every multiple that a kernel may like.
+pub fn odd() -> Vec<Op> {
+    let mut v = Vec::new();
+    for dtype in DType::ALL {
+        // Block types need whole blocks; plain types may end anywhere.
+        let widths: &[usize] = match dtype.block_len() {
+            256 => &[256, 768],
+            32 => &[32, 96, 288],
+            _ => &[1, 7, 33, 130],
+        };
+        for (i, &input) in widths.iter().enumerate() {
+            for (j, rows) in [1, 3, 8, 17].into_iter().enumerate() {
+                let output = [1, 5, 16, 31, 67, 100][(i + j) % 6];
+                v.push(Op::Linear { dtype, rows, input, output, bias: j % 2 == 1 });
+            }
+            v.push(Op::Embed { dtype, vocab: 37, d: input, rows: 5 });
+            v.push(Op::Qkv { dtype, rows: 1 + 2 * i, input, q: 48, kv: 12, bias: i == 1 });
+            v.push(Op::Qkv { dtype, rows: 5, input, q: 33, kv: 7, bias: i == 0 });
+            v.push(Op::LinearGlu { dtype, rows: 1 + 3 * i, input, output: 29, act: Silu });
+            v.push(Op::LinearGlu { dtype, rows: 9, input, output: 64, act: GeluTanh });
+        }
+    }
+    // More rows than one tile of any kernel.
+    v.push(Op::Linear { dtype: Q4_1, rows: 70, input: 64, output: 40, bias: true });
+    v.push(Op::LinearGlu { dtype: Q8_0, rows: 131, input: 64, output: 40, act: Silu });
+    for (rows, d) in [(1, 1), (1, 576), (3, 7), (5, 33), (2, 65), (17, 130)] {
+        v.extend([
+            Op::GatherRows { from: rows + 3, rows, d },
+            Op::Add { rows, d },
+            Op::RmsNorm { rows, d },
+            Op::AddRmsNorm { rows, d },
+            Op::AddNormed { rows, d },
+            Op::Glu { rows, d, act: Silu },
+            Op::Glu { rows, d, act: GeluTanh },
+        ]);
+    }
+    for (rows, heads, head_dim) in [(1, 1, 2), (3, 3, 6), (2, 5, 64), (7, 2, 80), (1, 3, 128)] {
+        v.extend([Op::HeadNorm { rows, heads, head_dim }, Op::Rope { rows, heads, head_dim }]);
+    }
+    let specs = [spec(1, 1, 8, None), spec(9, 3, 64, None), spec(4, 1, 40, Some(5)), spec(6, 2, 16, Some(1))];
+    let segments: [&'static [(usize, usize)]; 7] =
+        [&[(0, 1)], &[(1, 1)], &[(0, 5)], &[(31, 9)], &[(130, 3)], &[(3, 2), (0, 4), (40, 1)], &[(7, 70)]];
+    for spec in specs {
+        for segments in segments {
+            for mask in [MaskKind::Causal, MaskKind::Full, MaskKind::Tree] {
+                v.push(Op::Attention(Attn { spec, segments, mask }));
+            }
+            let a = Attn { spec, segments, mask: MaskKind::Causal };
+            v.extend([Op::RopeStage(a), Op::KvStage(a), Op::KvCommit(a), Op::KvCopy(a)]);
+        }
+    }
+    v
+}

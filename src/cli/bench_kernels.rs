@@ -1,0 +1,180 @@
+//! `quadriga bench kernels`: every operation of the table beside the roof that bounds it.
+
+use serde_json::json;
+
+use super::flags::{BenchKernelsArgs, Common, DeviceFlag};
+use super::out::{self, round};
+use crate::backend::Backend;
+use crate::backend::cpu::{Compute, Cpu, Tier};
+use crate::bench::peaks::CpuPeaks;
+use crate::bench::{Case, Op, Prepared, Setup, ops};
+use crate::engine::default_threads;
+use crate::error::{Result, bail, ensure};
+use crate::perf::{Cost, Peaks};
+
+/// Weights that rows rotate over, beyond any cache of a small machine.
+const WORKING_SET: usize = 128 << 20;
+/// Below this a row is as much the start of a job on the pool as its work.
+const SMALL_S: f64 = 2e-6;
+/// Fraction of the roof below which a row is marked.
+const GOOD: f64 = 0.6;
+
+/// The roofs that an operation stands under on one device.
+pub(super) trait Roofs {
+    /// Those of `op` when its weights or cached rows are (`cold`) or are not read from memory, and what the first is called.
+    fn of(&self, op: &Op, cold: bool) -> (Peaks, &'static str);
+}
+
+/// [`CpuPeaks`] as they apply to the ways of computing.
+struct CpuRoofs(CpuPeaks, Compute);
+
+impl Roofs for CpuRoofs {
+    fn of(&self, op: &Op, cold: bool) -> (Peaks, &'static str) {
+        let CpuRoofs(p, compute) = self;
+        let int8 = *compute == Compute::Fast && op.multiplies_quantized();
+        let (bytes_per_s, name) = if cold { (p.memory, "memory") } else { (p.cache, "cache") };
+        (Peaks { bytes_per_s, flops_per_s: if int8 { p.int8 } else { p.f32 } }, name)
+    }
+}
+
+pub(super) fn run(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
+    ensure!(args.samples > 0, Usage, "--samples must be at least 1");
+    ensure!(common.threads <= 1024, Usage, "--threads {} is impossible: expected 0 to 1024", common.threads);
+    if !matches!(common.device, DeviceFlag::Auto | DeviceFlag::Cpu) {
+        bail!(Unsupported, "bench kernels runs on --device cpu");
+    }
+    let tier = common.tier().unwrap_or_else(Tier::detect);
+    ensure!(tier <= Tier::detect(), Unsupported, "this machine has no {tier} instructions");
+    let threads = if common.threads == 0 { default_threads() } else { common.threads };
+    let cpu = Cpu::with(threads, tier, common.compute());
+    let peaks = CpuPeaks::measure(&cpu)?;
+    let device = format!("cpu {tier} {threads} threads");
+    eprintln!(
+        "{device}: memory {:.1} GB/s, caches {:.1} GB/s, f32 {:.1} GFLOP/s, int8 {:.1} GOP/s (from f32)",
+        peaks.memory / 1e9,
+        peaks.cache / 1e9,
+        peaks.f32 / 1e9,
+        peaks.int8 / 1e9
+    );
+    let kv_bytes = if common.compute() == Compute::Fast { 2 } else { 4 };
+    let setup = Setup { seed: common.seed, working_set: WORKING_SET, kv_bytes, ..Setup::default() };
+    rows(&cpu, &device, &CpuRoofs(peaks, common.compute()), setup, common.json, args)
+}
+
+/// Measures and prints row by row, so that a reader sees that something happens.
+fn rows<B: Backend>(
+    be: &B,
+    device: &str,
+    roofs: &impl Roofs,
+    setup: Setup,
+    json: bool,
+    args: &BenchKernelsArgs,
+) -> Result<()> {
+    let wanted = |c: &Case| {
+        (args.large || !c.large)
+            && args.filter.as_ref().is_none_or(|f| c.op.name().contains(f.as_str()) || c.model.contains(f.as_str()))
+    };
+    let cases: Vec<Case> = ops::realistic().into_iter().filter(wanted).collect();
+    ensure!(!cases.is_empty(), Usage, "no kernel or model has `{}` in its name", args.filter.as_deref().unwrap_or(""));
+    if !json {
+        out::print(&format!(
+            "{:14} {:32} {:>22} {:>8} {:>8}  {:8} {:>5}  verdict\n",
+            "kernel", "shape", "µs (p10-p90)", "GB/s", "GFLOP/s", "bound", "roof"
+        ))?;
+    }
+    let (mut model, mut best) = ("", 0.0f64);
+    for case in cases {
+        if !json && case.model != model {
+            model = case.model;
+            out::print(&format!("{model}\n"))?;
+        }
+        let mut p = Prepared::new(be, case.op, setup)?;
+        let mut seconds = p.time(args.samples, 2e-3)?;
+        seconds.sort_by(f64::total_cmp);
+        let (peaks, first) = roofs.of(&case.op, p.is_cold());
+        let row = Row::new(&seconds, p.cost(), peaks, first);
+        best = best.max(row.roof);
+        out::print(&if json { row.json(&case, device) } else { row.text(&case.op) })?;
+    }
+    if best > 1.1 {
+        eprintln!(
+            "a row reached {:.0} % of its roof: the machine was busier while the roofs were measured",
+            100.0 * best
+        );
+    }
+    Ok(())
+}
+
+/// One line of the table.
+struct Row {
+    seconds: [f64; 3],
+    cost: Cost,
+    bound: &'static str,
+    roof: f64,
+    floor: f64,
+}
+
+impl Row {
+    fn new(sorted: &[f64], cost: Cost, peaks: Peaks, first: &'static str) -> Self {
+        let at = |q: f64| sorted[((sorted.len() - 1) as f64 * q).round() as usize];
+        let (floor, by_bytes) = peaks.floor(cost);
+        let seconds = [at(0.1), at(0.5), at(0.9)];
+        Self { seconds, cost, bound: if by_bytes { first } else { "compute" }, roof: floor / seconds[1], floor }
+    }
+
+    fn verdict(&self) -> &'static str {
+        match self.roof {
+            r if r >= GOOD => "",
+            _ if self.floor < SMALL_S => "small",
+            _ => "below 60 %",
+        }
+    }
+
+    fn text(&self, op: &Op) -> String {
+        let [p10, median, p90] = self.seconds;
+        let spread = format!("{:.1} ({:.1}-{:.1})", median * 1e6, p10 * 1e6, p90 * 1e6);
+        let line = format!(
+            "{:14} {:32} {spread:>22} {:8.2} {:8.2}  {:8} {:4.0}%  {}",
+            op.name(),
+            op.to_string(),
+            self.cost.bytes / median / 1e9,
+            self.cost.flops / median / 1e9,
+            self.bound,
+            100.0 * self.roof,
+            self.verdict()
+        );
+        format!("{}\n", line.trim_end())
+    }
+
+    fn json(&self, case: &Case, device: &str) -> String {
+        let [p10, median, p90] = self.seconds.map(|s| round(s * 1e6, 3));
+        let value = json!({
+            "kernel": case.op.name(),
+            "shape": case.op.to_string(),
+            "model": case.model,
+            "device": device,
+            "us": median,
+            "p10": p10,
+            "p90": p90,
+            "gb_s": round(self.cost.bytes / self.seconds[1] / 1e9, 3),
+            "gflop_s": round(self.cost.flops / self.seconds[1] / 1e9, 3),
+            "bound": self.bound,
+            "roof_fraction": round(self.roof, 4),
+        });
+        format!("{value}\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_knows_its_roof() {
+        let peaks = Peaks { bytes_per_s: 1e9, flops_per_s: 1e9 };
+        let row = Row::new(&[1e-3, 2e-3, 3e-3], Cost { bytes: 1e6, flops: 1e3 }, peaks, "memory");
+        assert_eq!((row.bound, row.roof, row.verdict()), ("memory", 0.5, "below 60 %"));
+        let row = Row::new(&[1e-6], Cost { bytes: 1.0, flops: 100.0 }, peaks, "memory");
+        assert_eq!((row.bound, row.verdict()), ("compute", "small"));
+    }
+}

@@ -1,0 +1,138 @@
+//! Every operation of the table on every backend, at odd sizes, against the f64 specification.
+//!
+//! The rule: the greatest error is at most twice that of the specification re-run on inputs (and outputs) rounded to the
+//! types in which the backend keeps them, plus a term of f32 rounding that grows with the root of the longest sum. "Kept"
+//! includes int8 activations per block of 32 where a fast CPU product rounds them so, and f16 keys and values.
+
+use quadriga::backend::Backend;
+use quadriga::backend::cpu::{Compute, Cpu, Tier};
+use quadriga::backend::naive::Naive;
+use quadriga::bench::{Op, Prepared, Setup, Storage, ops};
+
+/// In which types a backend keeps what it works on.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Operands of products with quantised matrices.
+    quantized: Storage,
+    /// Keys and values.
+    kv: Storage,
+}
+
+fn output<B: Backend>(be: &B, op: Op, setup: Setup) -> Vec<f64> {
+    let mut p = Prepared::new(be, op, setup).unwrap();
+    p.run().unwrap();
+    p.output().unwrap()
+}
+
+fn worst(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    // A NaN must not pass as a small error.
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| if a == b { 0.0 } else { (a - b).abs() })
+        .fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
+}
+
+fn nmse(want: &[f64], got: &[f64]) -> f64 {
+    let error: f64 = want.iter().zip(got).map(|(a, b)| (a - b).powi(2)).sum();
+    error / want.iter().map(|x| x * x).sum::<f64>().max(f64::MIN_POSITIVE)
+}
+
+/// Checks the whole table on `be`; the greatest NMSE of each operation is printed.
+fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
+    let act = Storage::of::<B::Act>();
+    let mut nmse_of: std::collections::BTreeMap<&str, f64> = Default::default();
+    let mut failed = Vec::new();
+    for (i, op) in ops::odd().into_iter().enumerate() {
+        let exact = Setup { seed: i as u64, act, ..Setup::default() };
+        let rounded = Setup { act: if op.multiplies_quantized() { kept.quantized } else { act }, kv: kept.kv, ..exact };
+        let want = output(&Naive, op, exact);
+        let got = output(be, op, exact);
+        let mut again = output(&Naive, op, rounded);
+        again.iter_mut().for_each(|x| *x = f64::from(*x as f32));
+
+        let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        let ulps = 8.0 * (op.reduction() as f64).sqrt() * f64::from(f32::EPSILON) * size;
+        let (error, bound) = (worst(&want, &got), 2.0 * worst(&want, &again) + ulps);
+        assert!(size > 0.0, "{} {op} gives nothing to compare", op.name());
+        if error.is_nan() || error > bound {
+            failed.push(format!("{} {op}: error {error:.3e}, bound {bound:.3e}, greatest value {size:.3e}", op.name()));
+        }
+        let n = nmse_of.entry(op.name()).or_default();
+        *n = n.max(nmse(&want, &got));
+    }
+    println!("{name}: NMSE {}", nmse_of.iter().map(|(k, v)| format!("{k} {v:.1e}")).collect::<Vec<_>>().join(", "));
+    assert!(failed.is_empty(), "{name}: {} rows fail\n{}", failed.len(), failed.join("\n"));
+}
+
+/// A fused operation gives the bits of the operations it stands for; a gated product may take its activation function from
+/// another implementation, so it has the last bits free.
+fn fused_equals_composed<B: Backend>(name: &str, be: &B) {
+    for (i, op) in ops::odd().into_iter().enumerate() {
+        if !matches!(op, Op::AddRmsNorm { .. } | Op::Qkv { .. } | Op::LinearGlu { .. } | Op::RopeStage(_)) {
+            continue;
+        }
+        let setup = Setup { seed: i as u64, act: Storage::of::<B::Act>(), ..Setup::default() };
+        let fused = output(be, op, setup);
+        let mut p = Prepared::new(be, op, setup).unwrap();
+        p.run_composed().unwrap();
+        let composed = p.output().unwrap();
+        let size = composed.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        let free = if matches!(op, Op::LinearGlu { .. }) { 4.0 * f64::from(f32::EPSILON) * size } else { 0.0 };
+        let error = worst(&composed, &fused);
+        assert!(error <= free, "{name}: {} {op} differs from its composition by {error:.3e}", op.name());
+    }
+}
+
+/// Every backend under test with its name and what it keeps. Further backends are listed here.
+fn cpus(compute: Compute) -> impl Iterator<Item = (String, Cpu)> {
+    let both = Tier::available().flat_map(|tier| [1, 3].map(|threads| (tier, threads)));
+    both.map(move |(tier, threads)| {
+        (format!("cpu {tier} {compute:?} {threads} threads"), Cpu::with(threads, tier, compute))
+    })
+}
+
+#[test]
+fn cpu_exact_meets_the_specification() {
+    for (name, cpu) in cpus(Compute::Exact) {
+        check(&name, &cpu, Kept { quantized: Storage::F32, kv: Storage::F32 });
+    }
+}
+
+#[test]
+fn cpu_fast_meets_the_specification() {
+    for (name, cpu) in cpus(Compute::Fast) {
+        check(&name, &cpu, Kept { quantized: Storage::Int8, kv: Storage::F16 });
+    }
+}
+
+#[test]
+fn fused_operations_equal_their_compositions() {
+    fused_equals_composed("naive", &Naive);
+    for (name, cpu) in cpus(Compute::Exact).chain(cpus(Compute::Fast)) {
+        fused_equals_composed(&name, &cpu);
+    }
+}
+
+#[test]
+fn realistic_operations_run_and_cost_something() {
+    let cpu = Cpu::with(2, Tier::detect(), Compute::Fast);
+    for case in ops::realistic().into_iter().filter(|c| !c.large) {
+        let mut p = Prepared::new(&cpu, case.op, Setup { kv_bytes: 2, ..Setup::default() }).unwrap();
+        p.run().unwrap();
+        assert!(p.output().unwrap().iter().all(|x| x.is_finite()), "{} {}", case.op.name(), case.op);
+        assert!(p.cost().bytes > 0.0);
+    }
+}
+
+/// The table itself: known costs of known sizes.
+#[test]
+fn costs_are_those_of_the_definition() {
+    use quadriga::dtype::DType;
+    let cost = |op| Prepared::new(&Naive, op, Setup::default()).unwrap().cost();
+    let linear = cost(Op::Linear { dtype: DType::F32, rows: 3, input: 10, output: 20, bias: false });
+    // The specification keeps everything in f64.
+    assert_eq!((linear.bytes, linear.flops), (8.0 * (200.0 + 30.0 + 60.0), 1200.0));
+    let add = cost(Op::Add { rows: 2, d: 5 });
+    assert_eq!((add.bytes, add.flops), (240.0, 10.0));
+}
