@@ -8,8 +8,8 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::kernel_avx2::widen;
 use super::layout::{Aligned, BLOCK, Layout, PANEL};
+use super::unpack_avx2::widen;
 use super::weight::PackedWeight;
 use super::{Sums, TILE_ROWS};
 use crate::dtype::DType;
@@ -306,7 +306,7 @@ unsafe fn widen_row<const T: u8>(at: *const u8, n: usize, out: *mut f32) {
 /// The sum of eight lanes, as halves of halves.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn reduce(v: __m256) -> f32 {
+pub(super) fn reduce(v: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
