@@ -105,7 +105,7 @@ unsafe fn panel<const K: u8>(w: &PackedWeight, p: usize, x: &[u8], n: usize, out
                 macro_rules! tiles {
                     ($($c:literal $r:literal),*) => {
                         match (width, rows) {
-                            $(($c, $r) => tile::<K, $c, $r>(w, x, cols, out),)*
+                            $(($c, $r) => tile::<K, $c, $r>(w, x, cols, out, r == 0),)*
                             _ => unreachable!("tiles have 1, 4 or 8 channels and up to 6 rows"),
                         }
                     };
@@ -118,18 +118,29 @@ unsafe fn panel<const K: u8>(w: &PackedWeight, p: usize, x: &[u8], n: usize, out
     }
 }
 
-/// Products of C channels and R rows, whole.
+/// Products of C channels and R rows, whole. With `ahead` it asks for the C rows of weights behind these.
 ///
 /// # Safety
 /// AVX-512 with BF16; `w` holds C rows of `cols` weights, `x` R rows of `cols` inputs; `out` is the first of R times C
 /// sums, rows [`PANEL`] apart.
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn tile<const K: u8, const C: usize, const R: usize>(w: *const u8, x: *const u8, cols: usize, out: *mut f32) {
+unsafe fn tile<const K: u8, const C: usize, const R: usize>(
+    w: *const u8,
+    x: *const u8,
+    cols: usize,
+    out: *mut f32,
+    ahead: bool,
+) {
     let mut acc = [[_mm512_setzero_ps(); C]; R];
     for k in (0..cols).step_by(step(K)) {
         let left = cols - k;
         let mut inputs = [_mm512_setzero_ps(); R];
+        if ahead {
+            for line in 0..(C * step(K) * weight_size(K)).div_ceil(64) {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add((cols + k) * C * weight_size(K) + line * 64).cast());
+            }
+        }
         // SAFETY: by this function's contract; loads are masked to what is left.
         unsafe {
             for r in 0..R {

@@ -14,17 +14,17 @@ use super::acts::Quantized;
 use super::layout::{Aligned, BLOCK, Layout, PANEL, fmt::*};
 use super::unpack_avx2::{Ints, UNPACKED, even_odd, group, groups, load, scales, sub_scales, unpack};
 use super::weight::PackedWeight;
-use super::{Sums, glu::glu as glu_portable};
+use super::{Sums, TILE_ROWS, glu::glu as glu_portable};
 use crate::model::config::Activation;
 
 /// Rows of a tile: their 16-bit sums, two weights, an activation and a product fill the 16 registers.
 const ROWS: usize = 4;
-/// Rows up to which every tile unpacks the weights anew, in registers; as measured, the shuffles of 5 and 6 bits are worth
-/// saving sooner.
+/// Rows up to which every tile unpacks the weights anew, in registers, as measured: the shuffles of 5 and 6 bits are worth
+/// saving soonest, those of 8 bits never.
 const fn direct_rows(format: u8) -> usize {
     match Layout::of(format).bits {
-        4 => 8,
-        8 => 16,
+        4 => 24,
+        8 => TILE_ROWS,
         _ => ROWS,
     }
 }
@@ -141,7 +141,7 @@ pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n
             Q4_K => rows_of::<Q4_K, Q4_1>(panel.as_ptr(), blocks, rows, n),
             Q5_K => rows_of::<Q5_K, Q5_1>(panel.as_ptr(), blocks, rows, n),
             Q6_K => rows_of::<Q6_K, Q6_K>(panel.as_ptr(), blocks, rows, n),
-            _ => rows_of::<Q8_0, Q8_0>(panel.as_ptr(), blocks, rows, n),
+            _ => rows_of::<Q8_0, Q4_1>(panel.as_ptr(), blocks, rows, n),
         }
     }
 }
@@ -164,10 +164,20 @@ unsafe fn rows_of<const F: u8, const C: u8>(panel: *const u8, blocks: usize, row
             let count = CHUNK.min(blocks - first);
             for k in 0..count {
                 let (head, block) = layout.block(first + k);
+                prefetch::<F>(panel.add(block), CHUNK * layout.stride);
                 unpack::<F>(panel.add(head), panel.add(block), buffer.add(k * UNPACKED));
             }
             tiles::<C, true>(buffer, first, count, rows, n);
         }
+    }
+}
+
+/// Asks for a block's bytes `ahead` bytes from here.
+#[inline]
+fn prefetch<const F: u8>(at: *const u8, ahead: usize) {
+    for line in 0..const { Layout::of(F).stride.div_ceil(64) } {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line * 64).cast()) };
     }
 }
 
@@ -215,13 +225,11 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
             at = at.add(if U { 0 } else { layout.header });
             for _ in 0..sub {
                 let x: [*const u8; R] = std::array::from_fn(|r| rows.x.add(r * rows.stride));
-                if !U && R <= 2 {
-                    for line in 0..layout.stride.div_ceil(64) {
-                        _mm_prefetch::<_MM_HINT_T0>(at.add(PREFETCH + line * 64).cast());
-                    }
+                if !U {
+                    prefetch::<F>(at, PREFETCH);
                 }
                 let dots = if layout.bits == 8 {
-                    dot_i16::<U, R>(at, x.map(|x| x.add(rows.wide + k * 64)))
+                    dot_i16::<R>(at, x.map(|x| x.add(rows.wide + k * 64)))
                 } else {
                     dot_u8::<F, U, R>(at, x.map(|x| x.add(rows.q + k * 32)))
                 };
@@ -253,7 +261,7 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
     }
 }
 
-/// How far ahead of one or two rows the weights are asked for.
+/// How far ahead weights are asked for, in bytes.
 const PREFETCH: usize = 2048;
 
 /// `v`, in a register, now. Left to itself the compiler regroups the additions of a block and interleaves its groups until
@@ -321,14 +329,12 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
 /// As [`tile`]; `x` are the i16 values of the block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn dot_i16<const U: bool, const R: usize>(w: *const u8, x: [*const u8; R]) -> [Ints; R] {
+unsafe fn dot_i16<const R: usize>(w: *const u8, x: [*const u8; R]) -> [Ints; R] {
     let mut dots = [[_mm256_setzero_si256(); 2]; R];
     // SAFETY: the groups of a block and the 64 bytes of each row.
     unsafe {
         for g in 0..8 {
-            let weights: [Ints; 2] =
-                if U { [load(w.add(g * 128)), load(w.add(g * 128 + 64))] } else { even_odd(load(w.add(g * 64))) };
-            for (odd, weights) in weights.iter().enumerate() {
+            for (odd, weights) in even_odd(load(w.add(g * 64))).iter().enumerate() {
                 for r in 0..R {
                     let x = _mm256_set1_epi32(x[r].add(8 * g + 4 * odd).cast::<i32>().read_unaligned());
                     for h in 0..2 {

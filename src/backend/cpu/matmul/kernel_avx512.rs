@@ -19,7 +19,7 @@ use super::weight::PackedWeight;
 const ROWS: usize = 8;
 /// Blocks unpacked at a time.
 const CHUNK: usize = 16;
-/// How far ahead of one or two rows the weights are asked for.
+/// How far ahead weights are asked for, in bytes.
 const PREFETCH: usize = 2048;
 /// An unpacked block: 512 bytes, then f32 scales and minima, both of both halves, for 16 channels.
 const UNPACKED: usize = 512 + 4 * 64;
@@ -91,6 +91,7 @@ unsafe fn rows_of<const F: u8>(panel: *const u8, blocks: usize, rows: Rows, n: u
             let count = CHUNK.min(blocks - first);
             for k in 0..count {
                 let (head, block) = layout.block(first + k);
+                prefetch::<F>(panel.add(block), CHUNK * layout.stride);
                 unpack::<F>(panel.add(head), panel.add(block), buffer.add(k * UNPACKED));
             }
             if halves_of(F) == 2 {
@@ -99,6 +100,15 @@ unsafe fn rows_of<const F: u8>(panel: *const u8, blocks: usize, rows: Rows, n: u
                 tiles::<Q4_1, true>(buffer, first, count, rows, n);
             }
         }
+    }
+}
+
+/// Asks for a block's bytes `ahead` bytes from here.
+#[inline]
+fn prefetch<const F: u8>(at: *const u8, ahead: usize) {
+    for line in 0..const { Layout::of(F).stride.div_ceil(64) } {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line * 64).cast()) };
     }
 }
 
@@ -149,10 +159,8 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
             let head = at;
             at = at.add(if U { 0 } else { layout.header });
             for _ in 0..sub {
-                if !U && R <= 2 {
-                    for line in 0..layout.stride.div_ceil(64) {
-                        _mm_prefetch::<_MM_HINT_T0>(at.add(PREFETCH + line * 64).cast());
-                    }
+                if !U {
+                    prefetch::<F>(at, PREFETCH);
                 }
                 let mut dots = [[_mm512_setzero_si512(); R]; 2];
                 macro_rules! group {

@@ -29,10 +29,10 @@ macro_rules! both {
 
 pub(super) use groups;
 
-/// An unpacked block: 512 unsigned bytes or 1,024 bytes of i16, f32 scales, f32 minima of both halves, sub-scales of both
+/// An unpacked block of at most six bits: 512 unsigned bytes, f32 scales, f32 minima of both halves, sub-scales of both
 /// halves as pairs of i16; each for 16 channels.
 pub(super) const UNPACKED: usize = SCALE + 5 * 64;
-pub(super) const SCALE: usize = 1024;
+pub(super) const SCALE: usize = 512;
 pub(super) const MIN: usize = SCALE + 64;
 pub(super) const SUB: usize = MIN + 128;
 
@@ -291,20 +291,12 @@ pub(super) unsafe fn unpack<const F: u8>(head: *const u8, w: *const u8, out: *mu
                 _mm256_storeu_si256(out.add(at + 32).cast(), v[1]);
             };
         }
-        if F == Q8_0 {
-            for g in 0..8 {
-                let [even, odd] = even_odd(load(w.add(g * 64)));
-                store!(g * 128, even);
-                store!(g * 128 + 64, odd);
-            }
-        } else {
-            macro_rules! group {
-                ($g:literal) => {
-                    store!($g * 64, group::<F, false, $g>(w));
-                };
-            }
-            groups!(group);
+        macro_rules! group {
+            ($g:literal) => {
+                store!($g * 64, group::<F, false, $g>(w));
+            };
         }
+        groups!(group);
         let (scale, min) = scales::<F, false>(head, w);
         let [low, high] = min;
         store!(SCALE, both!(|scale| _mm256_castps_si256(scale)));
