@@ -13,6 +13,7 @@ pub(super) struct Acts {
     units: Vec<Unit>,
     blocks: usize,
     wide: bool,
+    bf16s: Vec<u16>,
 }
 
 /// A shared view of [`Acts`].
@@ -33,6 +34,19 @@ impl Acts {
         }
         let stride = self.stride();
         (&mut self.units[..n], stride)
+    }
+
+    /// Room for `n` inputs in bf16.
+    pub fn resize_bf16(&mut self, n: usize) -> &mut [u16] {
+        if self.bf16s.len() < n {
+            self.bf16s.resize(n, 0);
+        }
+        &mut self.bf16s[..n]
+    }
+
+    /// The inputs in bf16.
+    pub fn bf16s(&self) -> &[u16] {
+        &self.bf16s
     }
 
     fn stride(&self) -> usize {

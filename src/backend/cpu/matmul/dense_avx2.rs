@@ -8,8 +8,8 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::kernel_avx2::widen;
 use super::layout::{Aligned, BLOCK, Layout, PANEL};
+use super::unpack_avx2::widen;
 use super::weight::PackedWeight;
 use super::{Sums, TILE_ROWS};
 use crate::dtype::DType;
@@ -142,7 +142,7 @@ unsafe fn dense_of<const T: u8>(w: &[u8], channels: usize, x: &[f32], cols: usiz
         unsafe {
             lanes.write_bytes(0, n * width * 8);
             if T == F32 || n <= DIRECT {
-                rows_of::<T>(w.as_ptr(), cols, width, x.as_ptr(), cols, cols, n, lanes);
+                rows_of::<T>(w.as_ptr(), cols, width, x.as_ptr(), cols, cols, n, lanes, true);
             } else {
                 let mut wide = MaybeUninit::<Aligned<[f32; 4 * CHUNK]>>::uninit();
                 let wide = wide.as_mut_ptr().cast::<f32>();
@@ -151,7 +151,7 @@ unsafe fn dense_of<const T: u8>(w: &[u8], channels: usize, x: &[f32], cols: usiz
                     for j in 0..width {
                         widen_row::<T>(w.as_ptr().add(j * row_bytes + k * size(T)), inputs, wide.add(j * CHUNK));
                     }
-                    rows_of::<F32>(wide.cast(), CHUNK, width, x.as_ptr().add(k), cols, inputs, n, lanes);
+                    rows_of::<F32>(wide.cast(), CHUNK, width, x.as_ptr().add(k), cols, inputs, n, lanes, false);
                 }
             }
             for r in 0..n {
@@ -183,21 +183,22 @@ unsafe fn rows_of<const T: u8>(
     inputs: usize,
     n: usize,
     lanes: *mut f32,
+    ahead: bool,
 ) {
     let mut r = 0;
     while r < n {
         let rows = group(n - r);
         // SAFETY: by this function's contract.
         unsafe {
-            let (x, lanes) = (x.add(r * x_stride), lanes.add(r * width * 8));
+            let (x, lanes, first) = (x.add(r * x_stride), lanes.add(r * width * 8), r == 0);
             match (width, rows) {
-                (8, _) => dense_tile::<T, 8, 1>(w, w_stride, x, x_stride, inputs, lanes),
-                (4, 1) => dense_tile::<T, 4, 1>(w, w_stride, x, x_stride, inputs, lanes),
-                (4, 2) => dense_tile::<T, 4, 2>(w, w_stride, x, x_stride, inputs, lanes),
-                (4, _) => dense_tile::<T, 4, 3>(w, w_stride, x, x_stride, inputs, lanes),
-                (_, 1) => dense_tile::<T, 1, 1>(w, w_stride, x, x_stride, inputs, lanes),
-                (_, 2) => dense_tile::<T, 1, 2>(w, w_stride, x, x_stride, inputs, lanes),
-                (..) => dense_tile::<T, 1, 3>(w, w_stride, x, x_stride, inputs, lanes),
+                (8, _) => dense_tile::<T, 8, 1>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (4, 1) => dense_tile::<T, 4, 1>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (4, 2) => dense_tile::<T, 4, 2>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (4, _) => dense_tile::<T, 4, 3>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (_, 1) => dense_tile::<T, 1, 1>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (_, 2) => dense_tile::<T, 1, 2>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
+                (..) => dense_tile::<T, 1, 3>(w, w_stride, x, x_stride, inputs, lanes, ahead && first),
             }
         }
         r += rows;
@@ -205,6 +206,9 @@ unsafe fn rows_of<const T: u8>(
 }
 
 /// Adds `inputs` inputs of C channels and R rows to the eight partial sums of each pair, `[row][channel][8]`.
+///
+/// With `ahead` it asks for the C rows of weights behind these, in their order in memory: C short streams are more than the
+/// processor follows by itself.
 ///
 /// # Safety
 /// AVX2, FMA, F16C; `w` holds C rows, `x` R rows of `inputs` values, their strides apart; `lanes` 8 C R values.
@@ -217,8 +221,9 @@ unsafe fn dense_tile<const T: u8, const C: usize, const R: usize>(
     x_stride: usize,
     inputs: usize,
     lanes: *mut f32,
+    ahead: bool,
 ) {
-    // SAFETY: by this function's contract; the tail is copied to eight values first.
+    // SAFETY: by this function's contract; prefetches may go anywhere; the tail is copied to eight values first.
     unsafe {
         let mut acc = [[_mm256_setzero_ps(); C]; R];
         for (r, a) in acc.iter_mut().enumerate() {
@@ -226,6 +231,11 @@ unsafe fn dense_tile<const T: u8, const C: usize, const R: usize>(
         }
         let whole = inputs / 8 * 8;
         for k in (0..whole).step_by(8) {
+            if ahead {
+                for line in 0..(C * 8 * size(T)).div_ceil(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add((w_stride + k) * C * size(T) + line * 64).cast());
+                }
+            }
             let x: [__m256; R] = std::array::from_fn(|r| _mm256_loadu_ps(x.add(r * x_stride + k)));
             for c in 0..C {
                 let w = eight::<T>(w.add((c * w_stride + k) * size(T)));
@@ -306,7 +316,7 @@ unsafe fn widen_row<const T: u8>(at: *const u8, n: usize, out: *mut f32) {
 /// The sum of eight lanes, as halves of halves.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn reduce(v: __m256) -> f32 {
+pub(super) fn reduce(v: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))

@@ -7,20 +7,27 @@
 //!
 //! With [`Compute::Fast`] quantised weights are multiplied as integers: activations are rounded to int8 with a scale s_x
 //! for every 32 inputs, and y += s_w s_x (q_w . q_x) + m_w s_x sum(q_x). With [`Compute::Exact`] they are widened to f32.
-//! Plain types are multiplied in f32 either way.
+//! Plain types are multiplied in f32 either way, but for bf16 with [`Compute::Fast`] on AVX-512, whose activations are rounded
+//! to bf16 too.
 
 mod acts;
 #[cfg(target_arch = "x86_64")]
 mod dense_avx2;
+#[cfg(target_arch = "x86_64")]
+mod dense_avx512;
 mod glu;
 #[cfg(target_arch = "x86_64")]
 mod kernel_avx2;
+#[cfg(target_arch = "x86_64")]
+mod kernel_avx512;
 mod layout;
 mod pack;
 mod portable;
 mod schedule;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod unpack_avx2;
 mod weight;
 
 use std::sync::Mutex;
@@ -30,6 +37,7 @@ pub use weight::PackedWeight;
 use super::pool::Pool;
 use super::{Compute, Tier};
 use crate::backend::WeightInfo;
+use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 use acts::{Acts, Quantized};
@@ -121,6 +129,7 @@ pub fn linear_glu(
 struct Inputs<'a> {
     f32s: &'a [f32],
     quantized: Option<Quantized<'a>>,
+    bf16s: Option<&'a [u16]>,
 }
 
 /// Sums of panel `p` of `w` with rows `first..first + n` (at most [`TILE_ROWS`]).
@@ -130,8 +139,13 @@ fn panel_sums(tier: Tier, w: &PackedWeight, p: usize, x: Inputs<'_>, first: usiz
     match tier {
         #[cfg(target_arch = "x86_64")]
         Tier::Avx2 | Tier::Avx512 => match quantized {
+            Some(q) if tier == Tier::Avx512 => kernel_avx512::fast(w, p, q, first, n, out),
             Some(q) => kernel_avx2::fast(w, p, q, first, n, out),
             None if w.dtype().is_quantized() => dense_avx2::exact(w, p, x.f32s, first, n, out),
+            None if tier == Tier::Avx512 => match x.bf16s.filter(|_| w.dtype() == DType::BF16) {
+                Some(x) => dense_avx512::dense_bf16(w, p, x, first, n, out),
+                None => dense_avx512::dense(w, p, x.f32s, first, n, out),
+            },
             None => dense_avx2::dense(w, p, x.f32s, first, n, out),
         },
         _ => match quantized {

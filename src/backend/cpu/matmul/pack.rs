@@ -64,19 +64,38 @@ fn fifth_bits(word: &[u8]) -> [u8; 4] {
     (0..8).fold(0, |a, g| a | spread(g)).to_le_bytes()
 }
 
-/// Lane `c` of a block of 32 integers of up to six bits.
+/// 32 bytes, eight to a word: the shifts and masks below work on all bytes of a word at once.
+type Words = [u64; 4];
+
+/// A byte in every byte of a word.
+const fn each(byte: u8) -> u64 {
+    byte as u64 * 0x0101_0101_0101_0101
+}
+
 #[inline(always)]
-fn integers(q: &[u8; 32], bits: usize, c: usize, out: &mut [u8]) {
-    let nibbles: [u8; 16] = std::array::from_fn(|i| q[i] & 15 | q[i + 16] << 4);
-    lanes(&nibbles, c, out);
-    let upper =
-        |g: usize, mask: u32| u32::from_le_bytes([q[4 * g], q[4 * g + 1], q[4 * g + 2], q[4 * g + 3]]) >> 4 & mask;
+fn words(b: &[u8]) -> Words {
+    let mut words = [0; 4];
+    for (w, b) in words.iter_mut().zip(b.as_chunks::<8>().0) {
+        *w = u64::from_le_bytes(*b);
+    }
+    words
+}
+
+/// Lane `c` of a block of 32 integers of up to six bits, a byte each.
+#[inline(always)]
+fn integers(q: Words, bits: usize, c: usize, out: &mut [u8]) {
+    let nibbles = [0, 1].map(|i| q[i] & each(15) | (q[i + 2] & each(15)) << 4);
+    lanes(&nibbles[0].to_le_bytes(), c, out);
+    lanes(&nibbles[1].to_le_bytes(), c, &mut out[128..]);
+    // A word holds two groups: the upper one's bits go one place (or pair of places) higher.
     if bits == 5 {
-        let plane = (0..8).fold(0, |a, g| a | upper(g, 0x0101_0101) << g);
+        let both = (0..4).fold(0, |a, i| a | (q[i] >> 4 & each(1)) << (2 * i));
+        let plane = both as u32 | ((both >> 32) as u32) << 1;
         lanes(&plane.to_le_bytes(), c, &mut out[256..320]);
     } else if bits == 6 {
         for half in 0..2 {
-            let plane = (0..4).fold(0, |a, g| a | upper(half * 4 + g, 0x0303_0303) << (2 * g));
+            let both = q[2 * half] >> 4 & each(3) | (q[2 * half + 1] >> 4 & each(3)) << 4;
+            let plane = both as u32 | ((both >> 32) as u32) << 2;
             lanes(&plane.to_le_bytes(), c, &mut out[256 + half * 64..320 + half * 64]);
         }
     }
@@ -85,13 +104,13 @@ fn integers(q: &[u8; 32], bits: usize, c: usize, out: &mut [u8]) {
 fn k_block(b: &[u8], c: usize, out: &mut [u8], layout: &Layout) {
     copy(&b[..2], 0, c, out);
     copy(&b[2..4], 32, c, out);
-    let (high, low) = if layout.bits == 5 { (&b[16..48], &b[48..176]) } else { (&b[16..48], &b[16..144]) };
-    let fifth = if layout.bits == 5 { 1 } else { 0 };
+    let five = layout.bits == 5;
+    let (high, low) = if five { (words(&b[16..48]), &b[48..176]) } else { ([0; 4], &b[16..144]) };
     let blocks = out[layout.header..].chunks_exact_mut(layout.stride);
     for ((j, (s, m)), o) in k_scales(&b[4..16]).into_iter().enumerate().zip(blocks) {
-        let low = &low[j / 2 * 32..j / 2 * 32 + 32];
-        let q = std::array::from_fn(|i| low[i] >> (j % 2 * 4) & 15 | (high[i] >> j & fifth) << 4);
-        integers(&q, layout.bits, c, o);
+        let low = words(&low[j / 2 * 32..j / 2 * 32 + 32]);
+        let q = [0, 1, 2, 3].map(|i| low[i] >> (j % 2 * 4) & each(15) | (high[i] >> j & each(1)) << 4);
+        integers(q, layout.bits, c, o);
         copy(&[s], layout.scales, c, o);
         copy(&[m], layout.scales + 16, c, o);
     }
@@ -101,10 +120,11 @@ fn q6_k_block(b: &[u8], c: usize, out: &mut [u8], layout: &Layout) {
     copy(&b[208..210], 0, c, out);
     for (j, o) in out[layout.header..].chunks_exact_mut(layout.stride).enumerate() {
         let (half, quarter) = (j / 4, j % 4);
-        let low = &b[half * 64 + quarter % 2 * 32..][..32];
-        let high = &b[128 + half * 32..][..32];
-        let q = std::array::from_fn(|i| low[i] >> (quarter / 2 * 4) & 15 | (high[i] >> (quarter * 2) & 3) << 4);
-        integers(&q, 6, c, o);
+        let low = words(&b[half * 64 + quarter % 2 * 32..][..32]);
+        let high = words(&b[128 + half * 32..][..32]);
+        let q =
+            [0, 1, 2, 3].map(|i| low[i] >> (quarter / 2 * 4) & each(15) | (high[i] >> (quarter * 2) & each(3)) << 4);
+        integers(q, 6, c, o);
         let scales = &b[192 + 2 * j..194 + 2 * j];
         copy(&scales[..1], layout.scales, c, o);
         copy(&scales[1..], layout.scales + 16, c, o);

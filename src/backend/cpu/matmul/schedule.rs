@@ -42,10 +42,11 @@ fn deal<'w>(
     weights: impl Iterator<Item = &'w PackedWeight>,
     panel: impl Fn(Inputs<'_>, usize, usize, usize, &mut [Sums; 2]) + Sync,
 ) {
-    let (mut quantize, mut wide) = (false, false);
-    for w in weights.filter(|w| cx.compute == Compute::Fast && w.dtype().is_quantized()) {
-        quantize = true;
+    let (mut quantize, mut wide, mut bf16) = (false, false, false);
+    for w in weights.filter(|_| cx.compute == Compute::Fast) {
+        quantize |= w.dtype().is_quantized();
         wide |= cx.tier == Tier::Avx2 && w.dtype() == DType::Q8_0;
+        bf16 |= cx.tier == Tier::Avx512 && w.dtype() == DType::BF16;
     }
     let mut scratch = cx.scratch.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if quantize {
@@ -58,7 +59,14 @@ fn deal<'w>(
             }
         });
     }
-    let inputs = Inputs { f32s: x, quantized: quantize.then(|| scratch.view()) };
+    if bf16 {
+        let each = if x.len() > PARALLEL_QUANTIZE { x.len().div_ceil(4 * cx.pool.threads()) } else { x.len() };
+        cx.pool.run_chunks(scratch.resize_bf16(x.len()), each, |i, out| {
+            round_on(cx.tier, &x[i * each..i * each + out.len()], out);
+        });
+    }
+    let (quantized, bf16s) = (quantize.then(|| scratch.view()), bf16.then(|| scratch.bf16s()));
+    let inputs = Inputs { f32s: x, quantized, bf16s };
     let least = MIN_TASK.div_ceil((PANEL * cols * rows).max(1));
     let each = panels.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).max(least).max(1);
     cx.pool.run(panels.div_ceil(each), |task| {
@@ -77,6 +85,14 @@ fn quantize_on(tier: Tier, x: &[f32], record: &mut [[f32; 4]]) {
         #[cfg(target_arch = "x86_64")]
         Tier::Avx2 | Tier::Avx512 => super::kernel_avx2::quantize(x, record),
         _ => quantize_row(x, record),
+    }
+}
+
+fn round_on(tier: Tier, x: &[f32], out: &mut [u16]) {
+    match tier {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => super::dense_avx512::round_bf16(x, out),
+        _ => out.iter_mut().zip(x).for_each(|(o, &x)| *o = half::bf16::from_f32(x).to_bits()),
     }
 }
 

@@ -1,0 +1,323 @@
+//! Quantised weights on AVX-512 with VNNI: 16 channels are one register.
+//!
+//! `vpdpbusd` adds four products of unsigned weights and int8 activations to each i32 lane, exactly; the activations'
+//! dword is broadcast from memory as its operand, so that a block of 32 inputs and one row are eight such instructions, a
+//! conversion and two or three multiplications. Signed 8-bit weights are read as unsigned, 128 higher, which their minimum
+//! takes back. Registers hold the sums of eight rows.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+
+use super::Sums;
+use super::acts::Quantized;
+use super::layout::{Aligned, Layout, PANEL, fmt::*};
+use super::unpack_avx2::groups;
+use super::weight::PackedWeight;
+
+/// Rows of a tile.
+const ROWS: usize = 8;
+/// Blocks unpacked at a time.
+const CHUNK: usize = 16;
+/// How far ahead weights are asked for, in bytes.
+const PREFETCH: usize = 2048;
+/// An unpacked block: 512 bytes, then f32 scales and minima, both of both halves, for 16 channels.
+const UNPACKED: usize = 512 + 4 * 64;
+const SCALE: usize = 512;
+const MIN: usize = SCALE + 128;
+
+/// Rows up to which every tile unpacks the weights anew.
+const fn direct_rows(format: u8) -> usize {
+    match Layout::of(format).bits {
+        4 | 8 => 2 * ROWS,
+        _ => ROWS,
+    }
+}
+
+/// Halves of a block that have scales of their own.
+const fn halves_of(format: u8) -> usize {
+    if format == Q6_K { 2 } else { 1 }
+}
+
+/// Rows of a tile: their records and their sums.
+#[derive(Clone, Copy)]
+struct Rows {
+    x: *const u8,
+    stride: usize,
+    /// Offset of the int8 values in a record.
+    q: usize,
+    sums: *mut f32,
+}
+
+/// As `portable::fast`.
+pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n: usize, out: &mut Sums) {
+    let (panel, blocks) = (w.panel(p), w.blocks());
+    let (records, stride) = x.records(first..first + n);
+    assert!(panel.len() == Layout::of(w.dtype() as u8).panel(w.cols_len()) && n * PANEL <= out.len());
+    assert!(records.len() == n * stride && stride >= blocks * 48);
+    out[..n * PANEL].fill(0.0);
+    let rows = Rows { x: records.as_ptr(), stride, q: blocks * 16, sums: out.as_mut_ptr() };
+    // SAFETY: the tier is available; the panel holds `blocks` blocks of its format, the records n rows of as many, `out`
+    // n rows of sums (all asserted above).
+    unsafe {
+        match w.dtype() as u8 {
+            Q4_0 => rows_of::<Q4_0>(panel.as_ptr(), blocks, rows, n),
+            Q4_1 => rows_of::<Q4_1>(panel.as_ptr(), blocks, rows, n),
+            Q5_0 => rows_of::<Q5_0>(panel.as_ptr(), blocks, rows, n),
+            Q5_1 => rows_of::<Q5_1>(panel.as_ptr(), blocks, rows, n),
+            Q4_K => rows_of::<Q4_K>(panel.as_ptr(), blocks, rows, n),
+            Q5_K => rows_of::<Q5_K>(panel.as_ptr(), blocks, rows, n),
+            Q6_K => rows_of::<Q6_K>(panel.as_ptr(), blocks, rows, n),
+            _ => rows_of::<Q8_0>(panel.as_ptr(), blocks, rows, n),
+        }
+    }
+}
+
+/// All rows of a panel of format F.
+///
+/// # Safety
+/// AVX-512; `panel` holds `blocks` blocks, `rows` n rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn rows_of<const F: u8>(panel: *const u8, blocks: usize, rows: Rows, n: usize) {
+    // SAFETY: by this function's contract; chunks stay inside `blocks`. Unpacked blocks are alike but for their halves.
+    unsafe {
+        if n <= direct_rows(F) {
+            return tiles::<F, false>(panel, 0, blocks, rows, n);
+        }
+        let layout = const { Layout::of(F) };
+        let mut buffer = MaybeUninit::<Aligned<[u8; CHUNK * UNPACKED]>>::uninit();
+        let buffer = buffer.as_mut_ptr().cast::<u8>();
+        for first in (0..blocks).step_by(CHUNK) {
+            let count = CHUNK.min(blocks - first);
+            for k in 0..count {
+                let (head, block) = layout.block(first + k);
+                prefetch::<F>(panel.add(block), CHUNK * layout.stride);
+                unpack::<F>(panel.add(head), panel.add(block), buffer.add(k * UNPACKED));
+            }
+            if halves_of(F) == 2 {
+                tiles::<Q6_K, true>(buffer, first, count, rows, n);
+            } else {
+                tiles::<Q4_1, true>(buffer, first, count, rows, n);
+            }
+        }
+    }
+}
+
+/// Asks for a block's bytes `ahead` bytes from here.
+#[inline]
+fn prefetch<const F: u8>(at: *const u8, ahead: usize) {
+    for line in 0..const { Layout::of(F).stride.div_ceil(64) } {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line * 64).cast()) };
+    }
+}
+
+/// All rows, in tiles of about the same size.
+///
+/// # Safety
+/// As [`tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn tiles<const F: u8, const U: bool>(w: *const u8, first: usize, count: usize, rows: Rows, n: usize) {
+    let mut r = 0;
+    while r < n {
+        let group = (n - r).div_ceil((n - r).div_ceil(ROWS));
+        // SAFETY: by this function's contract; groups stay inside n.
+        unsafe {
+            let rows = Rows { x: rows.x.add(r * rows.stride), sums: rows.sums.add(r * PANEL), ..rows };
+            match group {
+                1 => tile::<F, U, 1>(w, first, count, rows),
+                2 => tile::<F, U, 2>(w, first, count, rows),
+                3 => tile::<F, U, 3>(w, first, count, rows),
+                4 => tile::<F, U, 4>(w, first, count, rows),
+                5 => tile::<F, U, 5>(w, first, count, rows),
+                6 => tile::<F, U, 6>(w, first, count, rows),
+                7 => tile::<F, U, 7>(w, first, count, rows),
+                _ => tile::<F, U, 8>(w, first, count, rows),
+            }
+        }
+        r += group;
+    }
+}
+
+/// Adds `count` blocks, the first of which meets the activations' block `first`, to the sums of R rows. The blocks begin at
+/// `w`, in format F or (U) unpacked.
+///
+/// # Safety
+/// AVX-512; `w` holds `count` blocks from a superblock's begin on, `rows` R rows of `first + count` blocks.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: usize, count: usize, rows: Rows) {
+    let (layout, halves) = const { (Layout::of(F), halves_of(F)) };
+    // SAFETY: every address below is inside a block or a record as the contract says; prefetches may go anywhere.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); R];
+        for (r, s) in sums.iter_mut().enumerate() {
+            *s = _mm512_loadu_ps(rows.sums.add(r * PANEL));
+        }
+        let (supers, sub) = if U { (count, 1) } else { (count / layout.sub, layout.sub) };
+        let (mut at, mut k) = (w, first);
+        for _ in 0..supers {
+            let head = at;
+            at = at.add(if U { 0 } else { layout.header });
+            for _ in 0..sub {
+                if !U {
+                    prefetch::<F>(at, PREFETCH);
+                }
+                let mut dots = [[_mm512_setzero_si512(); R]; 2];
+                macro_rules! group {
+                    ($g:literal) => {
+                        let weights = group::<F, U, $g>(at);
+                        for (r, dot) in dots[$g / 4 * (halves - 1)].iter_mut().enumerate() {
+                            let x = rows.x.add(r * rows.stride + rows.q + k * 32 + 4 * $g);
+                            let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+                            *dot = _mm512_dpbusd_epi32(*dot, weights, x);
+                        }
+                    };
+                }
+                groups!(group);
+                let (scale, min) = scales::<F, U>(head, at);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let meta = rows.x.add(r * rows.stride + k * 16).cast::<f32>();
+                    let s = _mm512_set1_ps(*meta);
+                    for half in 0..halves {
+                        let dot = _mm512_cvtepi32_ps(dots[half][r]);
+                        *sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale[half], s), *sum);
+                        let x = *meta.add(if halves == 2 { 2 + half } else { 1 });
+                        *sum = _mm512_fmadd_ps(min[half], _mm512_set1_ps(x), *sum);
+                    }
+                }
+                at = at.add(if U { UNPACKED } else { layout.stride });
+                k += 1;
+            }
+        }
+        for (r, &s) in sums.iter().enumerate() {
+            _mm512_storeu_ps(rows.sums.add(r * PANEL), s);
+        }
+    }
+}
+
+/// # Safety
+/// 64 readable bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn load(at: *const u8) -> __m512i {
+    // SAFETY: by this function's contract.
+    unsafe { _mm512_loadu_si512(at.cast()) }
+}
+
+/// Group G of a block as unsigned bytes; 8-bit weights 128 higher than they are.
+///
+/// # Safety
+/// `w` is a block of format F, or (U) an unpacked one.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn group<const F: u8, const U: bool, const G: usize>(w: *const u8) -> __m512i {
+    // SAFETY: by this function's contract.
+    unsafe {
+        if U {
+            return load(w.add(G * 64));
+        }
+        if F == Q8_0 {
+            return _mm512_xor_si512(load(w.add(G * 64)), _mm512_set1_epi8(-128));
+        }
+        let nibbles = load(w.add(G % 4 * 64));
+        let nibbles = if G < 4 { nibbles } else { _mm512_srli_epi16::<4>(nibbles) };
+        let low = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+        match const { Layout::of(F).bits } {
+            4 => low,
+            5 => _mm512_or_si512(low, bits_to_four(load(w.add(256)), G, 0x10)),
+            _ => _mm512_or_si512(low, bits_to_four(load(w.add(256 + G / 4 * 64)), G % 4 * 2, 0x30)),
+        }
+    }
+}
+
+/// Bits of all bytes moved from `from` to 4, under `mask`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+fn bits_to_four(v: __m512i, from: usize, mask: i8) -> __m512i {
+    let v = match from {
+        0 => _mm512_slli_epi16::<4>(v),
+        1 => _mm512_slli_epi16::<3>(v),
+        2 => _mm512_slli_epi16::<2>(v),
+        3 => _mm512_slli_epi16::<1>(v),
+        4 => v,
+        5 => _mm512_srli_epi16::<1>(v),
+        6 => _mm512_srli_epi16::<2>(v),
+        _ => _mm512_srli_epi16::<3>(v),
+    };
+    _mm512_and_si512(v, _mm512_set1_epi8(mask))
+}
+
+/// Scales and minima of the halves of a block; where halves have the same, the second is not to be used.
+///
+/// # Safety
+/// As [`group`]; `head` is the header.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn scales<const F: u8, const U: bool>(head: *const u8, w: *const u8) -> ([__m512; 2], [__m512; 2]) {
+    let layout = const { Layout::of(F) };
+    // SAFETY: by this function's contract: 16 halves are 32 bytes, 16 sub-scales 16 bytes.
+    unsafe {
+        if U {
+            let at = w.cast::<f32>();
+            let two = |from: usize| [_mm512_loadu_ps(at.add(from / 4)), _mm512_loadu_ps(at.add(from / 4 + 16))];
+            return (two(SCALE), two(MIN));
+        }
+        let at = w.add(layout.scales);
+        let (scale, min) = match F {
+            Q4_1 | Q5_1 => (floats(at), floats(at.add(32))),
+            Q4_K | Q5_K => {
+                let [s, m] = [_mm_loadu_si128(at.cast()), _mm_loadu_si128(at.add(16).cast())];
+                let [s, m] = [_mm512_cvtepu8_epi32(s), _mm512_cvtepu8_epi32(m)];
+                let m = _mm512_sub_epi32(_mm512_setzero_si512(), m);
+                let scale = _mm512_mul_ps(floats(head), _mm512_cvtepi32_ps(s));
+                (scale, _mm512_mul_ps(floats(head.add(32)), _mm512_cvtepi32_ps(m)))
+            }
+            Q6_K => {
+                let (d, zero) = (floats(head), _mm512_set1_ps(-32.0));
+                let [low, high] = [_mm_loadu_si128(at.cast()), _mm_loadu_si128(at.add(16).cast())];
+                let low = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
+                let high = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)));
+                return ([low, high], [_mm512_mul_ps(low, zero), _mm512_mul_ps(high, zero)]);
+            }
+            _ => {
+                let d = floats(at);
+                let zero = if F == Q8_0 { 128 } else { layout.zero };
+                (d, _mm512_mul_ps(d, _mm512_set1_ps(-(zero as f32))))
+            }
+        };
+        ([scale; 2], [min; 2])
+    }
+}
+
+/// f32 of 16 halves.
+///
+/// # Safety
+/// 32 readable bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn floats(at: *const u8) -> __m512 {
+    // SAFETY: by this function's contract.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
+}
+
+/// Unpacks a block into `out`.
+///
+/// # Safety
+/// As [`group`]; `out` has room for [`UNPACKED`] bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn unpack<const F: u8>(head: *const u8, w: *const u8, out: *mut u8) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        macro_rules! group {
+            ($g:literal) => {
+                _mm512_storeu_si512(out.add($g * 64).cast(), group::<F, false, $g>(w));
+            };
+        }
+        groups!(group);
+        let (scale, min) = scales::<F, false>(head, w);
+        for half in 0..2 {
+            _mm512_storeu_ps(out.add(SCALE + half * 64).cast(), scale[half]);
+            _mm512_storeu_ps(out.add(MIN + half * 64).cast(), min[half]);
+        }
+    }
+}
