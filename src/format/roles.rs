@@ -64,7 +64,7 @@ enum When {
 }
 
 /// A row of the table. In a layer's row the names lack their prefix (`model.layers.3.` and `blk.3.`).
-pub(crate) struct Row {
+struct Row {
     role: Role,
     name: &'static str,
     hf: &'static str,
