@@ -172,7 +172,7 @@ impl BpeParts {
             Merges::Listed(map) => map.get(&(left, right)).map(|&(rank, id)| ((rank, 0, 0), id)),
             Merges::Scored(place) => {
                 let place = |id: u32| place.get(id as usize).copied().filter(|p| *p != u32::MAX);
-                (place(left)?, place(right)?);
+                place(left).and(place(right))?;
                 let id = self.vocab.id(whole?)?;
                 Some(((place(id)?, left, right), id))
             }

@@ -192,7 +192,12 @@ impl Checkpoint {
         let stored = HostTensor::new(dtype, rows, cols, data).context(|| format!("weights: {}", slot.name))?;
         let permuted = self.is_permuted(slot.role);
         if slot.shape.len() == 2 {
-            return if permuted { unpermute(&stored, self.config.head_dim) } else { Ok(stored) };
+            if !permuted {
+                return Ok(stored);
+            }
+            let own = unpermute(&stored, self.config.head_dim);
+            stored.data.release();
+            return own;
         }
         let mut values = stored.to_f32();
         if self.config.family == Family::Gemma3 && matches!(self.store, Store::Hf(_)) {

@@ -176,6 +176,6 @@ fn gemma(k: &Keys<'_>, c: &mut ModelConfig) -> Result<()> {
         (0..layers).map(|i| !(i + 1).is_multiple_of(every)).collect()
     };
     let theta = k.float("rope.freq_base_swa")?.unwrap_or(10_000.0);
-    c.local_rope = Some(Rope { theta, scaling: RopeScaling::None });
+    c.local_rope = Some(Rope { theta, scaling: RopeScaling::None }).filter(|r| *r != c.rope);
     Ok(())
 }

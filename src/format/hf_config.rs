@@ -207,11 +207,9 @@ fn rope(top: Option<f64>, parameters: Option<Fields<'_>>) -> Result<Rope> {
         "linear" => RopeScaling::Linear { factor: need("factor")? },
         "llama3" => {
             let (low_freq, high_freq) = (need("low_freq_factor")?, need("high_freq_factor")?);
-            ensure!(
-                low_freq < high_freq,
-                Config,
-                "low_freq_factor {low_freq} is not below high_freq_factor {high_freq}"
-            );
+            if low_freq >= high_freq {
+                bail!(Config, "low_freq_factor {low_freq} is not below high_freq_factor {high_freq}");
+            }
             let original = need("original_max_position_embeddings")?;
             RopeScaling::Llama3 { factor: need("factor")?, low_freq, high_freq, original }
         }

@@ -1,6 +1,8 @@
 //! What the integration tests share: where real files are, and a seeded source of numbers.
 #![allow(dead_code)]
 
+pub mod files;
+
 use std::path::PathBuf;
 
 /// The folder of goldens made by the reference scripts: `$QUADRIGA_SHARED`, else `shared` here or beside the repository.
@@ -47,4 +49,25 @@ impl Cases {
     pub fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len())]
     }
+}
+
+/// Decodes base64 as the goldens hold it.
+pub fn base64(text: &str) -> Vec<u8> {
+    let value = |c: u8| match c {
+        b'A'..=b'Z' => c - b'A',
+        b'a'..=b'z' => c - b'a' + 26,
+        b'0'..=b'9' => c - b'0' + 52,
+        b'+' => 62,
+        _ => 63,
+    };
+    let (mut out, mut bits, mut n) = (Vec::new(), 0u32, 0);
+    for c in text.bytes().filter(|c| *c != b'=') {
+        bits = bits << 6 | u32::from(value(c));
+        n += 6;
+        if n >= 8 {
+            n -= 8;
+            out.push((bits >> n) as u8);
+        }
+    }
+    out
 }
