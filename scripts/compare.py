@@ -121,8 +121,9 @@ def table(results):
 
 def ratios(ours, peer):
     """Plain quotients: above 1 is better for speeds, below 1 for times and sizes."""
+    # Lines that would mislead as a quotient stay empty: bytes and roofs follow from decode.
     ours, peer = ({**r, "one": r.get("forward", {}).get(1)} for r in (ours, peer))
-    return [f"{ours[k] / peer[k]:.2f}x" if ours.get(k) and peer.get(k) else "-" for _, k, _ in COLUMNS]
+    return [f"{ours[k] / peer[k]:.2f}x" if ours.get(k) and peer.get(k) and k not in ("gb_s", "roof") else "-" for _, k, _ in COLUMNS]
 
 
 def main():
@@ -142,6 +143,8 @@ def main():
     if not os.path.exists(shlex.split(args.quadriga)[0]) and "QUADRIGA_BIN" not in os.environ:
         print(f"compare: no {args.quadriga}; build it with cargo build --release. Measuring the peers alone.", file=sys.stderr)
         del engines["quadriga"]
+    if os.getloadavg()[0] > 1:
+        print(f"compare: load average {os.getloadavg()[0]:.1f}; threads that wait in a spin lose most, so these ratios will not be fair", file=sys.stderr)
     files = [f.split("=", 1) for f in args.files]
     samples, reads, failed = {}, [], set()
     for n in range(args.runs):
