@@ -10,7 +10,8 @@ use std::sync::Arc;
 use quadriga::dtype::DType;
 use quadriga::format::gguf::Gguf;
 use quadriga::format::safetensors::Shards;
-use quadriga::format::{ChatTemplate, Checkpoint, Message, Role, Tokenizer, gguf_config, hf_config};
+use quadriga::format::{ChatTemplate, Checkpoint, Message, Tokenizer, gguf_config, hf_config};
+use quadriga::model::roles::{Role, TensorSource};
 use quadriga::tensor::ByteSource;
 use support::files::{self, tiny_gguf};
 use support::{Cases, model};
@@ -141,7 +142,7 @@ fn use_folder(folder: &Path) -> bool {
     let _ = (c.tokenizer().is_ok(), c.chat_template().is_ok());
     let whole = c.check().is_ok();
     if whole {
-        let t = c.required(Role::FinalNorm).unwrap();
+        let t = c.tensor(Role::FinalNorm).unwrap();
         assert_eq!(t.to_f32().len(), c.config().hidden);
     }
     whole
@@ -318,7 +319,7 @@ fn weights_that_are_no_numbers_load() {
     let c = Checkpoint::open(&path).unwrap();
     c.check().unwrap();
     for slot in quadriga::format::roles::slots(c.config()) {
-        let t = c.required(slot.role).unwrap();
+        let t = c.tensor(slot.role).unwrap();
         assert!(t.to_f32().iter().all(|x| x.is_nan()), "{}", slot.name);
         assert_eq!(t.dtype == DType::Q8_0, slot.name == "layer 0 mlp.down");
     }
