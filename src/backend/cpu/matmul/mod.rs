@@ -10,6 +10,9 @@
 //! Plain types are multiplied in f32 either way, but for bf16 with [`Compute::Fast`] on AVX-512, whose activations are rounded
 //! to bf16 too.
 
+// What only the vector tiers read.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+
 mod acts;
 #[cfg(target_arch = "x86_64")]
 mod dense_avx2;
