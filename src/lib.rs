@@ -1,4 +1,11 @@
 //! quadriga: a from-scratch LLM engine. Hand-written kernels drive a minimal transformer runtime, without an ML framework.
+//!
+//! Start at [`engine`] to run models, at [`backend::Backend`] for the operations and their mathematics, at [`model`] for the
+//! decoder and its cache. `docs/architecture.md` has the rules that hold everywhere.
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub mod backend;
 pub mod bench;
