@@ -30,9 +30,9 @@ fn main() -> quadriga::Result<()> {
     let seq = Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Tree(&tree), want: Want::All };
     let rows = model.forward(&mut [seq], &mut ws)?;
     let mut logits = vec![0.0; cfg.vocab];
-    for row in 0..rows {
+    for (row, token) in tokens.iter().enumerate().take(rows) {
         ws.logits(be, row, &mut logits)?;
-        println!("behind node {row} (token {}): {}", tokens[row], argmax(&logits)?);
+        println!("behind node {row} (token {token}): {}", argmax(&logits)?);
     }
     cache.commit(be, &[0, 3])?;
     println!("{} tokens committed", cache.len());

@@ -18,12 +18,12 @@ pub fn shared_dir() -> Option<PathBuf> {
     found
 }
 
-/// A real model by the end of its file name, from `$QUADRIGA_TEST_MODELS`. `None`, said aloud, where it is not there.
+/// A real model by the end of its file name, from `$QUADRIGA_MODELS`. `None`, said aloud, where it is not there.
 pub fn model(name: &str) -> Option<PathBuf> {
-    let folder = std::env::var_os("QUADRIGA_TEST_MODELS").map(PathBuf::from);
+    let folder = std::env::var_os("QUADRIGA_MODELS").map(PathBuf::from);
     let found = folder.map(|f| f.join(name)).filter(|p| p.exists());
     if found.is_none() {
-        eprintln!("SKIPPED: {name} is not in QUADRIGA_TEST_MODELS");
+        eprintln!("SKIPPED: {name} is not in QUADRIGA_MODELS");
     }
     found
 }
