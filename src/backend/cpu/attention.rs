@@ -5,7 +5,7 @@
 //! result is the same bit for bit however its keys came into the cache, however many rows are in the pass and however
 //! many threads share the work: decoding a tree of drafts equals decoding token by token.
 //!
-//! For each chunk of [`CHUNK`] positions a row has a maximum m, the sum l of e^(score - m) and the values weighted by the
+//! For each chunk of `CHUNK` positions a row has a maximum m, the sum l of e^(score - m) and the values weighted by the
 //! same; chunks are folded from the first to the last as in online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867;
 //! Dao et al. 2022, arXiv:2205.14135). Rows are worked on in groups that share the keys they read; where groups are few
 //! and contexts long, a group's chunks are spread over tasks and folded at the end.
