@@ -10,7 +10,7 @@
 
 use std::arch::x86_64::*;
 
-use super::acts::Quantized;
+use super::acts::{FINER, Quantized};
 use super::layout::{Aligned, BLOCK, Layout, PANEL, fmt::*};
 use super::unpack_avx2::{Ints, UNPACKED, even_odd, group, groups, load, scales, sub_scales, unpack};
 use super::weight::PackedWeight;
@@ -94,14 +94,16 @@ fn quantize_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK], wide: Option<&mut [i16;
         let sums = _mm256_hadd_epi32(sums, sums);
         let sums = _mm256_hadd_epi32(sums, sums);
         if let Some(wide) = wide {
-            let pairs = _mm256_setr_epi8(
-                0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13,
-                15,
-            );
-            let bytes = _mm256_shuffle_epi8(bytes, pairs);
-            let at: *mut __m256i = wide.as_mut_ptr().cast();
-            _mm256_storeu_si256(at, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
-            _mm256_storeu_si256(at.add(1), _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(bytes)));
+            let finer = _mm256_mul_ps(inverse, _mm256_set1_ps(FINER));
+            let rounded = |v| _mm256_cvtps_epi32(_mm256_mul_ps(v, finer));
+            // Of every four inputs 0, 2, 1, 3.
+            let pairs =
+                _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+            for (i, x) in x.as_chunks::<2>().0.iter().enumerate() {
+                let words = _mm256_packs_epi32(rounded(x[0]), rounded(x[1]));
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                _mm256_storeu_si256(wide.as_mut_ptr().cast::<__m256i>().add(i), _mm256_shuffle_epi8(words, pairs));
+            }
         }
         let low = _mm256_cvtsi256_si32(sums) as f32;
         let high = _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums)) as f32;
@@ -236,7 +238,7 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
                 let (scale, min) = scales::<F, U>(head, at);
                 for r in 0..R {
                     let meta = x[r].add(k * 16).cast::<f32>();
-                    let s = _mm256_broadcast_ss(&*meta);
+                    let s = _mm256_set1_ps(if layout.bits == 8 { *meta / FINER } else { *meta });
                     for h in 0..2 {
                         let dot = _mm256_cvtepi32_ps(dots[r][h]);
                         let mut sum = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale[h], s), sums[r][h]);

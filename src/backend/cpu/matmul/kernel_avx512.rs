@@ -2,18 +2,18 @@
 //!
 //! `vpdpbusd` adds four products of unsigned weights and int8 activations to each i32 lane, exactly; the activations'
 //! dword is broadcast from memory as its operand, so that a block of 32 inputs and one row are eight such instructions, a
-//! conversion and two or three multiplications. Signed 8-bit weights are read as unsigned, 128 higher, which their minimum
-//! takes back. Registers hold the sums of eight rows.
+//! conversion and two or three multiplications. 8-bit weights are widened to i16 and meet the activations' i16 form in
+//! `vpdpwssd`. Registers hold the sums of eight rows.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::Sums;
-use super::acts::Quantized;
+use super::acts::{FINER, Quantized};
 use super::layout::{Aligned, Layout, PANEL, fmt::*};
 use super::unpack_avx2::groups;
 use super::weight::PackedWeight;
+use super::{Sums, TILE_ROWS};
 
 /// Rows of a tile.
 const ROWS: usize = 8;
@@ -26,10 +26,11 @@ const UNPACKED: usize = 512 + 4 * 64;
 const SCALE: usize = 512;
 const MIN: usize = SCALE + 128;
 
-/// Rows up to which every tile unpacks the weights anew.
+/// Rows up to which every tile unpacks the weights anew; 8-bit weights are never unpacked.
 const fn direct_rows(format: u8) -> usize {
     match Layout::of(format).bits {
-        4 | 8 => 2 * ROWS,
+        4 => 2 * ROWS,
+        8 => TILE_ROWS,
         _ => ROWS,
     }
 }
@@ -44,8 +45,9 @@ const fn halves_of(format: u8) -> usize {
 struct Rows {
     x: *const u8,
     stride: usize,
-    /// Offset of the int8 values in a record.
+    /// Offsets of the int8 and i16 values in a record.
     q: usize,
+    wide: usize,
     sums: *mut f32,
 }
 
@@ -54,9 +56,9 @@ pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n
     let (panel, blocks) = (w.panel(p), w.blocks());
     let (records, stride) = x.records(first..first + n);
     assert!(panel.len() == Layout::of(w.dtype() as u8).panel(w.cols_len()) && n * PANEL <= out.len());
-    assert!(records.len() == n * stride && stride >= blocks * 48);
+    assert!(records.len() == n * stride && stride >= blocks * if w.dtype() as u8 == Q8_0 { 112 } else { 48 });
     out[..n * PANEL].fill(0.0);
-    let rows = Rows { x: records.as_ptr(), stride, q: blocks * 16, sums: out.as_mut_ptr() };
+    let rows = Rows { x: records.as_ptr(), stride, q: blocks * 16, wide: blocks * 48, sums: out.as_mut_ptr() };
     // SAFETY: the tier is available; the panel holds `blocks` blocks of its format, the records n rows of as many, `out`
     // n rows of sums (all asserted above).
     unsafe {
@@ -162,27 +164,23 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
                 if !U {
                     prefetch::<F>(at, PREFETCH);
                 }
-                let mut dots = [[_mm512_setzero_si512(); R]; 2];
-                macro_rules! group {
-                    ($g:literal) => {
-                        let weights = group::<F, U, $g>(at);
-                        for (r, dot) in dots[$g / 4 * (halves - 1)].iter_mut().enumerate() {
-                            let x = rows.x.add(r * rows.stride + rows.q + k * 32 + 4 * $g);
-                            let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
-                            *dot = pin(_mm512_dpbusd_epi32(*dot, weights, x));
-                        }
-                    };
-                }
-                groups!(group);
+                let x: [*const u8; R] = std::array::from_fn(|r| rows.x.add(r * rows.stride));
+                let dots = if layout.bits == 8 {
+                    [dot_i16::<R>(at, x.map(|x| x.add(rows.wide + k * 64))), [_mm512_setzero_si512(); R]]
+                } else {
+                    dot_u8::<F, U, R>(at, x.map(|x| x.add(rows.q + k * 32)))
+                };
                 let (scale, min) = scales::<F, U>(head, at);
                 for (r, sum) in sums.iter_mut().enumerate() {
-                    let meta = rows.x.add(r * rows.stride + k * 16).cast::<f32>();
-                    let s = _mm512_set1_ps(*meta);
+                    let meta = x[r].add(k * 16).cast::<f32>();
+                    let s = _mm512_set1_ps(if layout.bits == 8 { *meta / FINER } else { *meta });
                     for half in 0..halves {
                         let dot = _mm512_cvtepi32_ps(dots[half][r]);
                         *sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale[half], s), *sum);
-                        let x = *meta.add(if halves == 2 { 2 + half } else { 1 });
-                        *sum = _mm512_fmadd_ps(min[half], _mm512_set1_ps(x), *sum);
+                        if F != Q8_0 {
+                            let x = *meta.add(if halves == 2 { 2 + half } else { 1 });
+                            *sum = _mm512_fmadd_ps(min[half], _mm512_set1_ps(x), *sum);
+                        }
                     }
                 }
                 at = at.add(if U { UNPACKED } else { layout.stride });
@@ -205,6 +203,55 @@ fn pin(mut v: __m512i) -> __m512i {
     v
 }
 
+/// Integer dot products of (the halves of) a block of at most six bits with R rows.
+///
+/// # Safety
+/// As [`tile`]; `x` are the int8 values of the block.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*const u8; R]) -> [[__m512i; R]; 2] {
+    let halves = const { halves_of(F) };
+    let mut dots = [[_mm512_setzero_si512(); R]; 2];
+    // SAFETY: the groups of a block and the 32 bytes of each row.
+    unsafe {
+        macro_rules! group {
+            ($g:literal) => {
+                let weights = group::<F, U, $g>(w);
+                for (x, dot) in x.iter().zip(&mut dots[$g / 4 * (halves - 1)]) {
+                    let x = _mm512_set1_epi32(x.add(4 * $g).cast::<i32>().read_unaligned());
+                    *dot = pin(_mm512_dpbusd_epi32(*dot, weights, x));
+                }
+            };
+        }
+        groups!(group);
+    }
+    dots
+}
+
+/// Dot products of a block of i8 weights, as i16, with R rows of i16.
+///
+/// # Safety
+/// As [`tile`]; `x` are the i16 values of the block.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline]
+unsafe fn dot_i16<const R: usize>(w: *const u8, x: [*const u8; R]) -> [__m512i; R] {
+    let mut dots = [_mm512_setzero_si512(); R];
+    // SAFETY: the groups of a block and the 64 bytes of each row.
+    unsafe {
+        for g in 0..8 {
+            let bytes = load(w.add(g * 64));
+            let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
+            for (odd, weights) in [even, _mm512_srai_epi16::<8>(bytes)].into_iter().enumerate() {
+                for (x, dot) in x.iter().zip(&mut dots) {
+                    let x = _mm512_set1_epi32(x.add(8 * g + 4 * odd).cast::<i32>().read_unaligned());
+                    *dot = pin(_mm512_dpwssd_epi32(*dot, weights, x));
+                }
+            }
+        }
+    }
+    dots
+}
+
 /// # Safety
 /// 64 readable bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
@@ -214,7 +261,7 @@ unsafe fn load(at: *const u8) -> __m512i {
     unsafe { _mm512_loadu_si512(at.cast()) }
 }
 
-/// Group G of a block as unsigned bytes; 8-bit weights 128 higher than they are.
+/// Group G of a block of at most six bits, as unsigned bytes.
 ///
 /// # Safety
 /// `w` is a block of format F, or (U) an unpacked one.
@@ -225,9 +272,6 @@ unsafe fn group<const F: u8, const U: bool, const G: usize>(w: *const u8) -> __m
     unsafe {
         if U {
             return load(w.add(G * 64));
-        }
-        if F == Q8_0 {
-            return _mm512_xor_si512(load(w.add(G * 64)), _mm512_set1_epi8(-128));
         }
         let nibbles = load(w.add(G % 4 * 64));
         let nibbles = if G < 4 { nibbles } else { _mm512_srli_epi16::<4>(nibbles) };
@@ -291,8 +335,7 @@ unsafe fn scales<const F: u8, const U: bool>(head: *const u8, w: *const u8) -> (
             }
             _ => {
                 let d = floats(at);
-                let zero = if F == Q8_0 { 128 } else { layout.zero };
-                (d, _mm512_mul_ps(d, _mm512_set1_ps(-(zero as f32))))
+                (d, _mm512_mul_ps(d, _mm512_set1_ps(-(layout.zero as f32))))
             }
         };
         ([scale; 2], [min; 2])

@@ -1,6 +1,6 @@
 //! The kernels in plain Rust: the same sums as the vector tiers compute, in loops that any compiler vectorises.
 
-use super::acts::Quantized;
+use super::acts::{FINER, Quantized};
 use super::layout::{BLOCK, Block, PANEL};
 use super::weight::PackedWeight;
 use super::{Sums, TILE_ROWS};
@@ -46,12 +46,20 @@ pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n
         let u = Unpacked::new(&block);
         for (r, y) in out.as_chunks_mut::<PANEL>().0[..n].iter_mut().enumerate() {
             let meta = x.meta(first + r)[k];
-            let x = &x.q(first + r)[k * BLOCK..(k + 1) * BLOCK];
+            let q = &x.q(first + r)[k * BLOCK..(k + 1) * BLOCK];
             for half in 0..2 {
-                // Integers below 2^24 throughout: exact in f32.
                 let mut dot = [0.0; PANEL];
-                for (w, &x) in u.q[16 * half..16 * half + 16].iter().zip(&x[16 * half..]) {
-                    axpy(&mut dot, w, x as f32);
+                if w.dtype() == DType::Q8_0 {
+                    let wide = &x.wide(first + r)[k * BLOCK..(k + 1) * BLOCK];
+                    for i in 16 * half..16 * half + 16 {
+                        let x = wide[i / 4 * 4 + [0, 2, 1, 3][i % 4]];
+                        axpy(&mut dot, &u.q[i], x as f32 / FINER);
+                    }
+                } else {
+                    // Integers below 2^24 throughout: exact in f32.
+                    for (w, &x) in u.q[16 * half..16 * half + 16].iter().zip(&q[16 * half..]) {
+                        axpy(&mut dot, w, x as f32);
+                    }
                 }
                 for (((y, dot), s), m) in y.iter_mut().zip(dot).zip(u.scale[half]).zip(u.min[half]) {
                     *y += dot * (s * meta[0]) + m * meta[2 + half];

@@ -45,7 +45,7 @@ fn deal<'w>(
     let (mut quantize, mut wide, mut bf16) = (false, false, false);
     for w in weights.filter(|_| cx.compute == Compute::Fast) {
         quantize |= w.dtype().is_quantized();
-        wide |= cx.tier == Tier::Avx2 && w.dtype() == DType::Q8_0;
+        wide |= w.dtype() == DType::Q8_0;
         bf16 |= cx.tier == Tier::Avx512 && w.dtype() == DType::BF16;
     }
     let mut scratch = cx.scratch.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -84,15 +84,18 @@ fn packed_rows_are_bit_equal_to_the_file() {
     }
 }
 
-/// x as the integer kernels see it.
-fn rounded(x: &[f32], cols: usize) -> Vec<f64> {
+/// x as the integer kernels see it: int8, or for 8-bit weights i16.
+fn rounded(x: &[f32], cols: usize, wide: bool) -> Vec<f64> {
     let mut acts = Acts::default();
     x.chunks_exact(cols)
         .flat_map(|x| {
-            acts::quantize_row(x, acts.resize(1, cols, false).0);
+            acts::quantize_row(x, acts.resize(1, cols, wide).0);
             let view = acts.view();
-            let scaled = |(i, &q): (usize, &i8)| q as f64 * view.meta(0)[i / 32][0] as f64;
-            view.q(0).iter().enumerate().map(scaled).collect::<Vec<_>>()
+            let integer = |i: usize| match wide {
+                true => view.wide(0)[i / 4 * 4 + [0, 2, 1, 3][i % 4]] as f64 / acts::FINER as f64,
+                false => view.q(0)[i] as f64,
+            };
+            (0..cols).map(|i| integer(i) * view.meta(0)[i / 32][0] as f64).collect::<Vec<_>>()
         })
         .collect()
 }
@@ -109,7 +112,7 @@ fn products_agree_with_f64() {
                     let integers = cx.compute == Compute::Fast && dtype.is_quantized();
                     let halves = cx.compute == Compute::Fast && dtype == DType::BF16 && cx.tier == Tier::Avx512;
                     let seen: Vec<f64> = match (integers, halves) {
-                        (true, _) => rounded(&x, cols),
+                        (true, _) => rounded(&x, cols, dtype == DType::Q8_0),
                         (_, true) => x.iter().map(|&x| bf16::from_f32(x).to_f64()).collect(),
                         _ => x.iter().map(|&x| x as f64).collect(),
                     };
