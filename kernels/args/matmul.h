@@ -1,0 +1,2 @@
+// Products with weights.
+#pragma once

@@ -1,0 +1,89 @@
+// Operations that treat rows one by one. Bound by memory.
+#pragma once
+
+// y[r] = scale * table[tokens[r]], table in bf16.
+ARGS(Embed) {
+  In<bf16_t> table;  // [vocab, d] align 16
+  In<u32> tokens;    // [rows] - below vocab
+  Out<float> y;      // [rows, d] align 16
+  u32 vocab;         // >= 1
+  u32 rows;          // >= 1
+  u32 d;             // >= 1
+  float scale;
+};
+
+// y[i] = x[rows[i]].
+ARGS(GatherRows) {
+  In<float> x;     // [from, d] align 16
+  In<u32> index;   // [rows] - below from
+  Out<float> y;    // [rows, d] align 16
+  u32 from;        // >= 1
+  u32 rows;        // >= 1
+  u32 d;           // >= 1
+};
+
+// x += r.
+ARGS(Add) {
+  InOut<float> x;  // [n] align 16
+  In<float> r;     // [n] align 16
+  u32 n;           // >= 1
+};
+
+// y = x w / sqrt(mean(x^2) + eps), row by row. Zhang & Sennrich 2019, arXiv:1910.07467.
+ARGS(RmsNorm) {
+  In<float> x;     // [rows, d] align 16
+  In<float> w;     // [d] align 16
+  Out<bf16_t> y;   // [rows, d] align 8
+  u32 rows;        // >= 1
+  u32 d;           // >= 1
+  float eps;       // >= 0
+};
+
+// x += r, then y = rms_norm(x).
+ARGS(AddRmsNorm) {
+  InOut<float> x;  // [rows, d] align 16
+  In<float> r;     // [rows, d] align 16
+  In<float> w;     // [d] align 16
+  Out<bf16_t> y;   // [rows, d] align 8
+  u32 rows;        // >= 1
+  u32 d;           // >= 1
+  float eps;       // >= 0
+};
+
+// x += rms_norm(r).
+ARGS(AddNormed) {
+  InOut<float> x;  // [rows, d] align 16
+  In<float> r;     // [rows, d] align 16
+  In<float> w;     // [d] align 16
+  u32 rows;        // >= 1
+  u32 d;           // >= 1
+  float eps;       // >= 0
+};
+
+// Each head of x is RMS-normalised in place.
+ARGS(HeadNorm) {
+  InOut<float> x;  // [rows, heads, head_dim] align 8
+  In<float> w;     // [head_dim] align 8
+  u32 rows;        // >= 1
+  u32 heads;       // >= 1
+  u32 head_dim;    // >= 2, % 2 == 0
+  float eps;       // >= 0
+};
+
+// y = act(gate) * up; act 0 is SiLU, 1 GELU in its tanh form.
+ARGS(Glu) {
+  In<float> gate;  // [n] align 16
+  In<float> up;    // [n] align 16
+  Out<bf16_t> y;   // [n] align 8
+  u32 n;           // >= 1
+  u32 act;         // <= 1
+};
+
+// Rotates every head of x in place: pair (i, i + head_dim / 2) of row r by the angle whose cosine and sine stand in table[r].
+ARGS(Rope) {
+  InOut<float> x;    // [rows, heads, head_dim] align 8
+  In<float> table;   // [rows, head_dim] align 8
+  u32 rows;          // >= 1
+  u32 heads;         // >= 1
+  u32 head_dim;      // >= 2, % 2 == 0
+};

@@ -1,0 +1,2 @@
+// From logits to tokens.
+#pragma once
