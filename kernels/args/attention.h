@@ -8,7 +8,62 @@ RECORD(Seg) {
   u32 past;    // committed rows
   u32 rows;    // staged rows
   u32 first;   // its first row in the pass
-  u32 mask;    // 0 causal, 1 full, 2 tree
+  u32 mask;    // 0 causal, 1 full, 2 tree, 3 blocks: a row sees its own block of staged rows and those before it
   u32 capacity;
-  u32 pad;
+  u32 block;   // rows of a block for mask 3
 };
+
+// Writes k and v behind the committed rows of each segment's cache.
+ARGS(KvStage) {
+  In<Seg> segs;    // [segments]
+  In<float> k;     // [rows, kv_dim] align 16
+  In<float> v;     // [rows, kv_dim] align 16
+  u32 segments;    // >= 1
+  u32 rows;        // >= 1
+  u32 layer;
+  u32 kv_dim;      // >= 8, % 8 == 0
+};
+
+// Rotates q in place, and writes rotated k, and v, behind the committed rows of each segment's cache.
+ARGS(RopeStage) {
+  In<Seg> segs;      // [segments]
+  InOut<float> q;    // [rows, heads, head_dim] align 16
+  In<float> k;       // [rows, kv_heads, head_dim] align 16
+  In<float> v;       // [rows, kv_heads, head_dim] align 16
+  In<float> table;   // [rows, head_dim] align 16 - cosines, then sines
+  u32 segments;      // >= 1
+  u32 rows;          // >= 1
+  u32 layer;
+  u32 heads;         // >= 1
+  u32 kv_heads;      // >= 1
+  u32 head_dim;      // >= 8, % 8 == 0
+};
+
+// In all layers cache row past + i becomes what row past + path[i] was. The path ascends strictly.
+ARGS(KvCommit) {
+  In<u32> path;    // [n]
+  u64 kv;          // >= 1 - address of the cache
+  u32 past;
+  u32 n;           // >= 1
+  u32 layers;      // >= 1
+  u32 capacity;    // >= 1
+  u32 kv_dim;      // >= 8, % 8 == 0
+};
+
+// The same for many sequences, straight from what verification wrote: sequence s keeps the first counts[s] of path[s].
+ARGS(KvCommitBatch) {
+  In<Seg> segs;    // [segments]
+  In<u32> path;    // [segments, stride]
+  In<u32> counts;  // [segments] - at most stride
+  u32 segments;    // >= 1
+  u32 stride;      // >= 1
+  u32 layers;      // >= 1
+  u32 kv_dim;      // >= 8, % 8 == 0
+};
+
+// Launches. "up(a, b)" is a divided by b, rounded up.
+//
+//   kv_stage         KvStage         grid (rows, up(kv_dim / 4, 128)), block 128
+//   rope_stage       RopeStage       grid (rows, up(heads * head_dim / 8 + kv_heads * head_dim / 4, 128)), block 128
+//   kv_commit        KvCommit        grid (up(layers * kv_dim / 4, 128)), block 128
+//   kv_commit_batch  KvCommitBatch   grid (up(layers * kv_dim / 4, 128), segments), block 128
