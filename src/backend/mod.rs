@@ -234,6 +234,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn download_acc(&self, src: In<'_, Self, Self::Acc>, dst: &mut [f32]) -> Result<()>;
     /// A matrix from a file, repacked where the device wants it. The source's pages are released once they are copied.
     fn weight(&self, t: HostTensor) -> Result<Self::Weight>;
+    /// Says that all weights of a model are loaded: memory kept ready for more may go.
+    fn weights_done(&self) {}
 
     /// y\[r\] = scale * table\[tokens\[r\]\]. Tokens are inside the table (the caller checks).
     fn embed(&self, y: Out<'_, Self, Self::Acc>, table: &Self::Weight, tokens: &[u32], scale: f32) -> Result<()>;

@@ -85,6 +85,7 @@ impl<B: Backend> Model<B> {
         }
         let final_norm = vector(Role::FinalNorm)?;
         let head = (!cfg.tied).then(|| matrix(Role::Head)).transpose()?;
+        be.weights_done();
         Ok(Self { be, cfg, weights: Weights { embed, layers, final_norm, head } })
     }
 

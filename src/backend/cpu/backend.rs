@@ -78,6 +78,10 @@ impl Backend for Cpu {
         PackedWeight::pack(t, &self.pool, &self.arena)
     }
 
+    fn weights_done(&self) {
+        self.arena.seal();
+    }
+
     fn embed(&self, y: &mut [f32], table: &PackedWeight, tokens: &[u32], scale: f32) -> Result<()> {
         let d = y.len() / tokens.len().max(1);
         for (y, &t) in y.chunks_exact_mut(d.max(1)).zip(tokens) {

@@ -20,7 +20,7 @@ const LINE: usize = 64;
 struct Slab {
     base: *mut u8,
     len: usize,
-    _map: memmap2::MmapMut,
+    map: memmap2::MmapMut,
 }
 
 // SAFETY: a slab never touches its memory; its parts belong to one `AlignedBytes` each.
@@ -38,7 +38,7 @@ impl Slab {
         let _ = map.advise(memmap2::Advice::HugePage);
         let skip = map.as_ptr().align_offset(HUGE).min(HUGE);
         let base = map[skip..].as_mut_ptr();
-        Ok(Arc::new(Self { base, len: bytes, _map: map }))
+        Ok(Arc::new(Self { base, len: bytes, map }))
     }
 }
 
@@ -64,6 +64,18 @@ impl Arena {
         };
         *open = Some((slab.clone(), at + size));
         Ok(AlignedBytes { slab, at, len })
+    }
+
+    /// Gives the pages behind the last allocation back, most of a huge page. Later allocations take a fresh map.
+    pub fn seal(&self) {
+        let Some((slab, used)) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        #[cfg(target_os = "linux")]
+        {
+            let from = (slab.base as usize - slab.map.as_ptr() as usize + used).next_multiple_of(4096);
+            let rest = slab.map.len().saturating_sub(from);
+            // SAFETY: no allocation reaches behind `used`, and none will, since the slab is no longer open.
+            let _ = unsafe { slab.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, rest) };
+        }
     }
 }
 
@@ -101,7 +113,11 @@ mod tests {
             assert!(p.as_ptr().is_aligned_to_line() && p.iter().all(|&b| b == 0));
             p.fill(i as u8 + 1);
         }
+        arena.seal();
+        let mut late = arena.alloc(1 << 20).unwrap();
+        late.fill(9);
         drop(arena);
+        assert!(late.iter().all(|&b| b == 9));
         assert!(parts.iter().enumerate().all(|(i, p)| p.iter().all(|&b| b == i as u8 + 1)));
     }
 

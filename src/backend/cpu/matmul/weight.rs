@@ -11,8 +11,11 @@ use crate::tensor::{Bytes, HostTensor};
 
 /// Bytes packed by one task, and between two releases of source pages.
 const CHUNK: usize = 256 << 10;
+/// From so many bytes on a plain matrix moves to huge pages: page walks cost a fifth of the speed of one row, a copy is made
+/// once. Smaller ones, which the caches' page tables cover, stay in the file's map.
+const COPY: usize = 512 << 10;
 
-/// A weight matrix `[rows, cols]`: plain types row-major where they are, quantised ones repacked into panels of 16 outputs.
+/// A weight matrix `[rows, cols]`: plain types row-major, quantised ones repacked into panels of 16 outputs.
 pub struct PackedWeight {
     dtype: DType,
     rows: usize,
@@ -21,7 +24,7 @@ pub struct PackedWeight {
 }
 
 enum Store {
-    /// Row-major, in the file's map.
+    /// Row-major, small, in the file's map.
     Shared(Bytes),
     /// Row-major or in panels.
     Own(AlignedBytes),
@@ -38,7 +41,7 @@ impl PackedWeight {
             let packed = Self::panels(dtype, rows, cols, &data, pool, arena)?;
             data.release();
             Store::Own(packed)
-        } else if (data.as_ptr() as usize).is_multiple_of(dtype.block_bytes()) {
+        } else if data.len() < COPY && (data.as_ptr() as usize).is_multiple_of(dtype.block_bytes()) {
             Store::Shared(data)
         } else {
             let mut copy = arena.alloc(data.len())?;
