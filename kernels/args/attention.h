@@ -61,9 +61,37 @@ ARGS(KvCommitBatch) {
   u32 kv_dim;      // >= 8, % 8 == 0
 };
 
+// y[r, h] = softmax_j(scale q[r, h].k[j]) v[j] over the cache rows j that staged row r sees; head h reads kv head h / group.
+ARGS(Attention) {
+  In<Seg> segs;         // [segments]
+  In<float> q;          // [rows, kv_heads, group, head_dim] align 16
+  Out<bf16_t> y;        // [rows, kv_heads, group, head_dim] align 16
+  InOut<float> parts;   // [chunks, rows, kv_heads, group, head_dim] align 16 - scratch, untouched when chunks is 1
+  InOut<float> stats;   // [chunks, rows, kv_heads, group, 2] align 8 - scratch, untouched when chunks is 1
+  u32 segments;         // >= 1
+  u32 rows;             // >= 1
+  u32 layer;
+  u32 kv_heads;         // >= 1
+  u32 group;            // >= 1 - query heads of a kv head
+  u32 head_dim;         // >= 8, % 8 == 0, <= 256
+  u32 window;           // - a query at position p sees positions above p - window; 0: no window
+  u32 chunk;            // >= 64, % 64 == 0 - cache rows of a block
+  u32 chunks;           // >= 1 - at least up(past + rows, chunk) of every segment
+  u32 stages;           // >= 1, <= 2 - tiles in flight
+  float scale;
+};
+
 // Launches. "up(a, b)" is a divided by b, rounded up.
 //
 //   kv_stage         KvStage         grid (rows, up(kv_dim / 4, 128)), block 128
 //   rope_stage       RopeStage       grid (rows, up(heads * head_dim / 8 + kv_heads * head_dim / 4, 128)), block 128
 //   kv_commit        KvCommit        grid (up(layers * kv_dim / 4, 128)), block 128
 //   kv_commit_batch  KvCommitBatch   grid (up(layers * kv_dim / 4, 128), segments), block 128
+//
+//   attend_64_m16    Attention, head_dim 64, M = 16     and attend_64_m64, attend_96_m16, attend_96_m64, attend_128_m16,
+//   attend_128_m64, attend_256_m16, attend_256_m32, attend_any_m16 (any head_dim of the contract); M = 16, 32 or 64 as named.
+//       grid ((rows * group + segments * (M - 1)) / M, chunks, kv_heads), block 128
+//       shared memory 2 * (M * ld + stages * 128 * ld + M * 72) + 16 * M bytes, ld = up(head_dim, 16) * 16 + 8
+//       M = 16 while the longest segment's rows * group is at most 16; results do not depend on M, nor on stages.
+//       Scratch: parts and stats as in the contract. `chunk` decides the order of sums: fix it by the shape alone, not by rows.
+//   attend_merge     Attention       grid (up(rows * kv_heads * group * head_dim / 4, 128)), block 128; only when chunks > 1

@@ -1,7 +1,9 @@
 // Attention and its cache against f64.
 #include "harness.h"
+#include "../../attention.cu"
 #include "../../kv.cu"
 #include <memory>
+#include <string>
 
 using test::Array;
 using test::Rng;
@@ -145,4 +147,174 @@ TEST(kv_commit) {
       test::launch3("kv_commit_batch", KvCommitBatch{{pass.segs->p}, {p.p}, {counts.p}, 1, n, layers, kv_dim}, dim3(grid, 1), 128, 0, cache);
       CHECK(!memcmp(want.data(), cache.p, want.size() * 2), "batch: width %u, %u rows", kv_dim, n);
     }
+}
+
+namespace {
+struct Spec {
+  u32 kv_heads, group, d, window = 0;
+  u32 q_dim() const { return kv_heads * group * d; }
+  u32 kv_dim() const { return kv_heads * d; }
+};
+
+// Which entry point with M queries to a block serves a head size.
+std::string entry(u32 d, u32 m) {
+  const bool own = d == 64 || d == 96 || d == 128 || d == 256;
+  return "attend_" + (own ? std::to_string(d) : std::string("any")) + "_m" + std::to_string(own ? m : 16);
+}
+
+struct Truth {
+  std::vector<double> want, rough;
+};
+// The specification in f64, and the same with q, p and y rounded to bf16. It fills the staged rows of the caches, too: with noise,
+// so that what nobody sees is not zero.
+Truth specify(Pass& pass, const Spec& z, Array<float>& q, float scale, u32 layer) {
+  Truth t;
+  for (size_t n = 0; n < pass.seqs.size(); n++) {
+    const Seq& s = *pass.seqs[n];
+    const u32 first = (*pass.segs)[n].first;
+    auto pos = [&](u32 i) { return s.past + (s.mask == MASK_TREE ? s.depth[i] : i); };
+    auto sees = [&](u32 i, u32 j) {
+      if (s.mask == MASK_FULL) return true;
+      if (s.mask == MASK_BLOCKS) return j / s.block <= i / s.block;
+      if (s.mask == MASK_CAUSAL) return j <= i;
+      for (int at = i; at >= 0; at = s.parents[at])
+        if (at == (int)j) return true;
+      return false;
+    };
+    for (u32 i = 0; i < s.rows; i++) {
+      std::vector<u32> rows;
+      for (u32 j = 0; j < s.past + s.rows; j++) {
+        const u32 p = j < s.past ? j : pos(j - s.past);
+        if ((j < s.past || sees(i, j - s.past)) && (!z.window || p + z.window > pos(i))) rows.push_back(j);
+      }
+      for (u32 h = 0; h < z.kv_heads * z.group; h++) {
+        const float* x = q.p + (size_t)(first + i) * z.q_dim() + h * z.d;
+        const u32 c0 = h / z.group * z.d;
+        std::vector<double> exact(z.d), rough(z.d), score, coarse;
+        double top = -INFINITY, sum = 0, rough_sum = 0;
+        for (u32 j : rows) {
+          double a = 0, b = 0;
+          for (u32 c = 0; c < z.d; c++) {
+            const double k = gpu::to_f32(pass.at(n, layer, 0, j, c0 + c));
+            a += x[c] * k, b += round_bf16(x[c] * scale) * k;
+          }
+          score.push_back(a * scale), coarse.push_back(b);
+          top = fmax(top, a * scale);
+        }
+        for (size_t k = 0; k < rows.size(); k++) {
+          const double p = exp(score[k] - top), r = exp(coarse[k] - top);
+          sum += p, rough_sum += r;
+          for (u32 c = 0; c < z.d; c++) {
+            const double v = gpu::to_f32(pass.at(n, layer, 1, rows[k], c0 + c));
+            exact[c] += p * v, rough[c] += round_bf16(r) * v;
+          }
+        }
+        for (u32 c = 0; c < z.d; c++) t.want.push_back(exact[c] / sum), t.rough.push_back(round_bf16(rough[c] / rough_sum));
+      }
+    }
+  }
+  return t;
+}
+void stage_noise(Pass& pass, Rng& rng) {
+  for (size_t n = 0; n < pass.seqs.size(); n++)
+    for (u32 layer = 0; layer < pass.layers; layer++)
+      for (u32 side = 0; side < 2; side++)
+        for (u32 i = 0; i < pass.seqs[n]->rows; i++)
+          for (u32 c = 0; c < pass.kv_dim; c++) pass.at(n, layer, side, pass.seqs[n]->past + i, c) = gpu::to_bf16(rng.normal());
+}
+
+// What attend_* and attend_merge make of a pass.
+void run_attend(Pass& pass, const Spec& z, Array<float>& q, Array<bf16_t>& y, float scale, u32 layer, u32 m, u32 chunk, u32 stages,
+                u32 more_chunks = 0, bool schedules = false) {
+  u32 longest = 0;
+  for (auto& s : pass.seqs) longest = max(longest, s->past + s->rows);
+  const u32 segments = pass.seqs.size(), chunks = (longest + chunk - 1) / chunk + more_chunks, heads = z.kv_heads * z.group;
+  Array<float> parts((size_t)chunks * pass.rows * heads * z.d), stats((size_t)chunks * pass.rows * heads * 2);
+  const Attention args{{pass.segs->p}, {q.p}, {y.p}, {parts.p}, {stats.p}, segments, pass.rows, layer, z.kv_heads, z.group, z.d,
+                       z.window, chunk, chunks, stages, scale};
+  const std::string name = entry(z.d, m);
+  m = atoi(name.c_str() + name.find("_m") + 2);
+  const u32 ld = (z.d + 15) / 16 * 16 + 8;
+  const size_t smem = 2 * (m * ld + stages * 128 * ld + m * 72) + 16 * m;
+  const dim3 grid((pass.rows * z.group + segments * (m - 1)) / m, chunks, z.kv_heads);
+  const u32 merge = (pass.rows * heads * z.d / 4 + 127) / 128;
+  for (int run = 0; run < (schedules ? 3 : 1); run++) {
+    std::vector<bf16_t> before(y.p, y.p + y.n);
+    test::launch(name.c_str(), args, grid, 128, smem, run ? 77 + run : 0, run == 2 ? 2 : 1);
+    if (chunks > 1) test::launch("attend_merge", args, merge, 128, 0, run ? 77 + run : 0, run == 2 ? 2 : 1);
+    if (run) CHECK(!memcmp(before.data(), y.p, y.n * 2), "%s: schedule %d differs", name.c_str(), run);
+  }
+}
+std::vector<int> bushy(u32 n, Rng& rng) {
+  std::vector<int> p;
+  for (u32 i = 0; i < n; i++) p.push_back(int(rng.bits() % (i + 1)) - 1);
+  return p;
+}
+}  // namespace
+
+TEST(attend) {
+  Rng rng(3);
+  struct Trial { Spec z; u32 m, chunk, stages; std::vector<Seq> seqs; };
+  const std::vector<Trial> trials = {
+      {{1, 1, 8}, 16, 64, 1, {chain(0, 1)}},
+      {{2, 2, 24}, 16, 64, 2, {chain(3, 1), chain(70, 5), chain(0, 9)}},
+      {{1, 5, 48, 20}, 16, 64, 2, {chain(90, 1), chain(60, 9, MASK_FULL)}},
+      {{3, 3, 64}, 16, 128, 2, {chain(300, 1), chain(64, 1), chain(63, 1)}},
+      {{1, 4, 64}, 64, 64, 2, {Seq{100, 32, MASK_TREE, 0, bushy(32, rng)}}},
+      {{1, 2, 64}, 64, 64, 1, {Seq{70, 128, MASK_TREE, 0, bushy(128, rng)}, Seq{1, 65, MASK_TREE, 0, bushy(65, rng)}}},
+      {{1, 2, 64, 3}, 64, 64, 2, {Seq{70, 40, MASK_TREE, 0, bushy(40, rng)}}},
+      {{1, 3, 96}, 64, 128, 2, {chain(130, 7), chain(0, 30, MASK_BLOCKS, 7)}},
+      {{2, 7, 128}, 16, 128, 2, {chain(200, 1), chain(5, 3)}},
+      {{1, 2, 128, 70}, 64, 64, 1, {chain(150, 40), chain(10, 20, MASK_FULL)}},
+      {{1, 2, 256}, 16, 64, 1, {chain(66, 2)}},
+      {{1, 4, 256}, 32, 64, 1, {chain(90, 12), chain(0, 1)}},
+  };
+  for (const Trial& t : trials) {
+    const Spec& z = t.z;
+    u32 capacity = 0, rows = 0;
+    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.rows), rows += s.rows;
+    Pass pass(t.seqs, 2, z.kv_dim(), capacity + 3, rng);
+    stage_noise(pass, rng);
+    Array<float> q(rows * z.q_dim());
+    Array<bf16_t> y(rows * z.q_dim());
+    q.fill([&](size_t) { return rng.normal(); });
+    const float scale = 1.3f / sqrtf(z.d);
+    const Truth truth = specify(pass, z, q, scale, 1);
+    run_attend(pass, z, q, y, scale, 1, t.m, t.chunk, t.stages, 0, true);
+    std::vector<double> got;
+    for (size_t i = 0; i < y.n; i++) got.push_back(gpu::to_f32(y[i]));
+    const std::string what = entry(z.d, t.m) + " " + std::to_string(z.d) + "/" + std::to_string(rows);
+    test::close(what.c_str(), got, truth.want, truth.rough);
+    // The same bits for any number of stages and chunks, and from the other entry point.
+    for (u32 m : {16u, z.d == 256 ? 32u : 64u}) {
+      Array<bf16_t> other(y.n);
+      run_attend(pass, z, q, other, scale, 1, m, t.chunk, 3 - t.stages, 2);
+      CHECK(!memcmp(y.p, other.p, y.n * 2), "%s: M %u, %u stages differ", what.c_str(), m, 3 - t.stages);
+    }
+  }
+}
+
+// A row gives the same bits alone, in a chain and beside other sequences.
+TEST(attend_rows_are_independent) {
+  for (const Spec& z : {Spec{1, 3, 64}, Spec{2, 2, 32, 40}}) {
+    Rng rng(z.d);
+    const u32 past = 118, rows = 14, layer = 0;
+    Pass all({chain(5, 3), chain(past, rows), chain(0, 1)}, 1, z.kv_dim(), past + rows, rng);
+    stage_noise(all, rng);
+    Array<float> q(all.rows * z.q_dim());
+    Array<bf16_t> y(all.rows * z.q_dim());
+    q.fill([&](size_t) { return rng.normal(); });
+    run_attend(all, z, q, y, 0.2f, layer, 64, 64, 2);
+    for (u32 i = 0; i < rows; i += 3) {
+      Pass one({chain(past + i, 1)}, 1, z.kv_dim(), past + rows, rng);
+      for (u32 side = 0; side < 2; side++)
+        for (u32 j = 0; j <= past + i; j++)
+          for (u32 c = 0; c < z.kv_dim(); c++) one.at(0, layer, side, j, c) = all.at(1, layer, side, j, c);
+      Array<float> q1(z.q_dim());
+      Array<bf16_t> y1(z.q_dim());
+      q1.fill([&](size_t c) { return q[(3 + i) * z.q_dim() + c]; });
+      run_attend(one, z, q1, y1, 0.2f, layer, 16, 64, 1);
+      CHECK(!memcmp(y1.p, y.p + (3 + i) * z.q_dim(), y1.n * 2), "row %u differs alone, head size %u", i, z.d);
+    }
+  }
 }
