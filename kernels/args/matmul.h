@@ -25,12 +25,78 @@ ARGS(LinearOdd) {
   u32 has_bias;    // <= 1
 };
 
-// Launches. Every entry point takes any number of rows; its name tells how many it serves with one reading of the weights.
-// No dynamic shared memory unless it is named. The bits of y[r, o] are the same from all entry points of one weight format.
+// Weights in blocks, packed as rt/quant.cuh says.
+ARGS(LinearQ8_0) {
+  In<bf16_t> x;    // [rows, inputs] align 16
+  In<u32> quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 256] align 16
+  In<u32> scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 4
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 32, % 32 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
+ARGS(LinearQ4_0) {
+  In<bf16_t> x;    // [rows, inputs] align 16
+  In<u32> quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 4
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 32, % 32 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
+ARGS(LinearQ4_1) {
+  In<bf16_t> x;    // [rows, inputs] align 16
+  In<u32> quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 32] align 16
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 4
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 32, % 32 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
+ARGS(LinearQ4_K) {
+  In<bf16_t> x;    // [rows, inputs] align 16
+  In<u32> quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> supers;  // [(outputs + 15) / 16, inputs / 256, 16] align 8
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 4
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 256, % 256 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
+ARGS(LinearQ6_K) {
+  In<bf16_t> x;    // [rows, inputs] align 16
+  In<u32> quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> high;    // [(outputs + 15) / 16, (inputs + 63) / 64, 64] align 8
+  In<u32> scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> supers;  // [(outputs + 15) / 16, inputs / 256, 8] align 4
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 4
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 256, % 256 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
+// Launches. Every entry point takes any number of rows; its name tells how many it serves with one reading of the weights. Blocks
+// of 256 threads, no dynamic shared memory. The bits of y[r, o] are the same from all entry points of one weight format.
 //
-//   entry           args       block  grid
-//   linear_bf16_8   Linear       256  (outputs + 15) / 16, (rows + 7) / 8      1..8 rows
-//   linear_bf16_16  Linear       256  (outputs + 31) / 32, (rows + 15) / 16    9..16
-//   linear_bf16_32  Linear       256  (outputs + 31) / 32, (rows + 31) / 32    17..32
-//   linear_bf16_64  Linear       256  (outputs + 31) / 32, (rows + 63) / 64    33..64
-//   linear_bf16_odd LinearOdd    256  (outputs + 15) / 16, (rows + 7) / 8      inputs % 8 != 0
+//   entry                   grid x               grid y            for
+//   linear_FORMAT_8         (outputs + 15) / 16  (rows + 7) / 8     1..8 rows
+//   linear_FORMAT_16        (outputs + 31) / 32  (rows + 15) / 16   9..16
+//   linear_FORMAT_32        (outputs + 31) / 32  (rows + 31) / 32  17..32
+//   linear_FORMAT_64        (outputs + 31) / 32  (rows + 63) / 64  33..64
+//   linear_bf16_odd         (outputs + 15) / 16  (rows + 7) / 8    LinearOdd: inputs % 8 != 0
+//
+// FORMAT and arguments: bf16 Linear, q8_0 LinearQ8_0, q4_0 LinearQ4_0, q4_1 LinearQ4_1, q4_k LinearQ4_K, q6_k LinearQ6_K.

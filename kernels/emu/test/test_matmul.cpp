@@ -81,6 +81,130 @@ Weights plain(u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep)
   };
   return out;
 }
+
+// --- block formats: GGUF blocks of random integers, their values, and the packing of rt/quant.cuh ---
+enum Format { F8_0, F4_0, F4_1, F4_K, F6_K };
+struct Planes {
+  std::vector<u32> quants, high, scales, supers;
+};
+// What the packing asks of a matrix, by output and input; zero behind the last.
+struct Ints {
+  u32 outputs, inputs;
+  std::function<int(u32 o, u32 i)> q;                       // as stored: Q8_0 signed, others unsigned
+  std::function<u32(u32 o, u32 block, int which)> halves;   // f16 bits of a 32-block: 0 d, 1 m
+  std::function<u32(u32 o, u32 block, int which)> subs;     // of a K format: sub-scale, min (Q6_K: of the half `which`)
+  std::function<u32(u32 o, u32 super, int which)> supers;   // f16 bits of 256: 0 d, 1 dmin
+};
+u32 two(u32 lo, u32 hi) { return lo | hi << 16; }
+
+Planes pack(Format f, const Ints& m) {
+  Planes p;
+  const auto q = [&](u32 o, u32 i) -> u32 { return o < m.outputs && i < m.inputs ? m.q(o, i) : 0; };
+  const auto half = [&](u32 o, u32 b, int which) -> u32 { return o < m.outputs && b * 32 < m.inputs ? m.halves(o, b, which) : 0; };
+  const auto sub = [&](u32 o, u32 b, int which) -> u32 { return o < m.outputs ? m.subs(o, b, which) & 255 : 0; };
+  const auto super = [&](u32 o, u32 s, int which) -> u32 { return o < m.outputs ? m.supers(o, s, which) : 0; };
+  // Input `e` of 0..8 of lane t in a block.
+  const auto input = [&](u32 t, u32 e) { return f == F6_K ? e / 4 * 16 + 4 * t + e % 4 : 8 * t + e; };
+  for (u32 strip = 0; strip < (m.outputs + 15) / 16; strip++)
+    for (u32 tile = 0; tile < (m.inputs + 63) / 64; tile++) {
+      const u32 o0 = strip * 16, i0 = tile * 64, b0 = tile * 2;
+      if (f == F8_0) {
+        for (u32 b = 0; b < 2; b++)
+          for (u32 lane = 0; lane < 32; lane++)
+            for (u32 w = 0; w < 4; w++) {
+              u32 word = 0;
+              for (u32 k = 0; k < 4; k++) {
+                const u32 from[4] = {0, 2, 1, 3};
+                word |= (q(o0 + lane / 4 + w / 2 * 8, i0 + 32 * b + input(lane % 4, w % 2 * 4 + from[k])) & 255) << (8 * k);
+              }
+              p.quants.push_back(word);
+            }
+      } else {
+        for (u32 lane = 0; lane < 32; lane++)
+          for (u32 w = 0; w < 4; w++) {
+            u32 word = 0;
+            for (u32 e = 0; e < 8; e++) word |= (q(o0 + lane / 4 + w % 2 * 8, i0 + w / 2 * 32 + input(lane % 4, e)) & 15) << (4 * (e / 2 + e % 2 * 4));
+            p.quants.push_back(word);
+          }
+      }
+      if (f == F6_K)
+        for (u32 lane = 0; lane < 32; lane++)
+          for (u32 i = 0; i < 2; i++) {
+            u32 word = 0;
+            for (u32 b = 0; b < 2; b++)
+              for (u32 e = 0; e < 8; e++) word |= q(o0 + lane / 4 + 8 * i, i0 + 32 * b + input(lane % 4, e)) >> 4 << (2 * (4 * b + e / 2) + 16 * (e % 2));
+            p.high.push_back(word);
+          }
+      for (u32 g = 0; g < 8; g++) {
+        if (f == F8_0 || f == F4_0 || f == F4_1)
+          for (int which = 0; which <= (f == F4_1); which++)
+            for (u32 b = 0; b < 2; b++) p.scales.push_back(two(half(o0 + g, b0 + b, which), half(o0 + g + 8, b0 + b, which)));
+        else
+          for (u32 i = 0; i < 2; i++) {
+            u32 word = 0;
+            const u32 o = o0 + g + 8 * i;
+            for (u32 k = 0; k < 4; k++) word |= (f == F4_K ? sub(o, b0 + k % 2, k / 2) : sub(o, b0 + k / 2, k % 2)) << (8 * k);
+            p.scales.push_back(word);
+          }
+      }
+      if (tile % 4 == 0 && f == F4_K)
+        for (u32 g = 0; g < 8; g++)
+          for (u32 i = 0; i < 2; i++) p.supers.push_back(two(super(o0 + g + 8 * i, tile / 4, 0), super(o0 + g + 8 * i, tile / 4, 1)));
+      if (tile % 4 == 0 && f == F6_K)
+        for (u32 g = 0; g < 8; g++) p.supers.push_back(two(super(o0 + g, tile / 4, 0), super(o0 + g + 8, tile / 4, 0)));
+    }
+  return p;
+}
+
+Array<u32>* upload(const std::vector<u32>& v, std::vector<std::shared_ptr<void>>& keep) {
+  auto a = std::make_shared<Array<u32>>(v.size());
+  std::copy(v.begin(), v.end(), a->p);
+  keep.push_back(a);
+  return a.get();
+}
+
+Weights blocks(Format f, u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep) {
+  test::Rng rng(outputs * 5 + inputs + f);
+  const u32 nb = (inputs + 31) / 32, ns = (inputs + 255) / 256;
+  const bool k = f >= F4_K;
+  // Halves between 2^-8 and 2^-5, of either sign.
+  const auto half = [&] { return (rng.bits() & 0x83ff) | (7 + rng.bits() % 3) << 10; };
+  std::vector<int> q(size_t(outputs) * inputs);
+  std::vector<u32> h(size_t(outputs) * nb * 2), s(h.size()), super(size_t(outputs) * ns * 2);
+  const int low = f == F8_0 ? -128 : 0, count = f == F8_0 ? 256 : f == F6_K ? 64 : 16;
+  for (int& v : q) v = low + int(rng.bits() % count);
+  for (u32& v : h) v = half();
+  for (u32& v : s) v = f == F6_K ? rng.bits() & 255 : rng.bits() & 63;
+  for (u32& v : super) v = half();
+  Ints ints{outputs, inputs, [&](u32 o, u32 i) { return q[size_t(o) * inputs + i]; },
+            [&](u32 o, u32 b, int w) { return h[(size_t(o) * nb + b) * 2 + w]; },
+            [&](u32 o, u32 b, int w) { return s[(size_t(o) * nb + b) * 2 + w]; },
+            [&](u32 o, u32 b, int w) { return super[(size_t(o) * ns + b) * 2 + w]; }};
+  Weights w{outputs, inputs, {}, {}};
+  for (u32 o = 0; o < outputs; o++)
+    for (u32 i = 0; i < inputs; i++) {
+      const float v = float(ints.q(o, i)), d = gpu::f16_low(k ? ints.supers(o, i / 256, 0) : ints.halves(o, i / 32, 0));
+      const float m = gpu::f16_low(k ? ints.supers(o, i / 256, 1) : ints.halves(o, i / 32, 1));
+      const u32 s0 = ints.subs(o, i / 32, 0), s1 = ints.subs(o, i / 32, 1);
+      w.wide.push_back(f == F8_0   ? d * v
+                       : f == F4_0 ? d * (v - 8)
+                       : f == F4_1 ? d * v + m
+                       : f == F4_K ? d * s0 * v - m * s1
+                                   : d * int8_t(i / 16 % 2 ? s1 : s0) * (v - 32));
+    }
+  const Planes p = pack(f, ints);
+  const u32 *quants = upload(p.quants, keep)->p, *high = upload(p.high, keep)->p, *scales = upload(p.scales, keep)->p,
+            *supers = upload(p.supers, keep)->p;
+  w.launch = [=](const char* name, const bf16_t* x, const float* b, Array<float>& y, u32 rows, dim3 grid, bool thrice) {
+    const u32 has = b != nullptr;
+    if (f == F8_0) run(name, LinearQ8_0{{x}, {quants}, {scales}, {b}, {y.p}, rows, inputs, outputs, has}, y, grid, thrice);
+    if (f == F4_0) run(name, LinearQ4_0{{x}, {quants}, {scales}, {b}, {y.p}, rows, inputs, outputs, has}, y, grid, thrice);
+    if (f == F4_1) run(name, LinearQ4_1{{x}, {quants}, {scales}, {b}, {y.p}, rows, inputs, outputs, has}, y, grid, thrice);
+    if (f == F4_K) run(name, LinearQ4_K{{x}, {quants}, {scales}, {supers}, {b}, {y.p}, rows, inputs, outputs, has}, y, grid, thrice);
+    if (f == F6_K) run(name, LinearQ6_K{{x}, {quants}, {high}, {scales}, {supers}, {b}, {y.p}, rows, inputs, outputs, has}, y, grid, thrice);
+  };
+  return w;
+}
 }  // namespace
 
 struct Shape {
@@ -99,3 +223,15 @@ TEST(linear_bf16_odd) {
     check(plain<LinearOdd>(s.outputs, s.inputs, keep), {{"linear_bf16_odd", 16, 8}}, {1, 4, 9}, s.outputs % 2);
   }
 }
+
+void check_blocks(Format f, const char* name, const std::vector<Shape>& shapes) {
+  for (Shape s : shapes) {
+    std::vector<std::shared_ptr<void>> keep;
+    check(blocks(f, s.outputs, s.inputs, keep), entries(name), {1, 9, 20, 65}, s.outputs % 2);
+  }
+}
+TEST(linear_q8_0) { check_blocks(F8_0, "q8_0", {{1, 32}, {33, 96}, {48, 576}, {16, 1088}}); }
+TEST(linear_q4_0) { check_blocks(F4_0, "q4_0", {{1, 32}, {33, 96}, {48, 576}, {16, 2080}}); }
+TEST(linear_q4_1) { check_blocks(F4_1, "q4_1", {{1, 32}, {33, 96}, {48, 576}, {16, 2080}}); }
+TEST(linear_q4_k) { check_blocks(F4_K, "q4_k", {{1, 256}, {33, 768}, {16, 2304}}); }
+TEST(linear_q6_k) { check_blocks(F6_K, "q6_k", {{1, 256}, {33, 768}, {16, 2304}}); }
