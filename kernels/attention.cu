@@ -26,15 +26,22 @@ struct Block {
   int d, ld;
   u32 kv_dim, total;
   bf16_t *q, *k, *v, *p;
-  float* across;  // [WARPS][M]
+  float* across;  // [WARPS][M], what the warps tell one another
+  u64* see;       // [M], which keys of the tile a query sees
 
-  // A tile of keys or values to shared memory; rows beyond the last and columns beyond d become 0.
+  // A tile of keys or values to shared memory; rows beyond the last and columns beyond d become 0. SIDE threads share
+  // a row.
   __device__ __forceinline__ void fetch(bf16_t* to, const bf16_t* from, u32 j0) {
-    const int vectors = (d + 15) / 16 * 2;
-    for (int i = threadIdx.x; i < TILE * vectors; i += 32 * WARPS) {
-      const int r = i / vectors, c = i % vectors * 8;
-      const bool there = j0 + r < total && (D % 16 == 0 && D ? true : c < d);
-      gpu::cp_async16(to + r * ld + c, there ? from + (size_t)(j0 + r) * kv_dim + c : from, there);
+    constexpr int SIDE = D == 0 ? 2 : D == 96 ? 4 : D / 8, ROWS = 32 * WARPS / SIDE;
+    const int r0 = threadIdx.x / SIDE, c0 = threadIdx.x % SIDE * 8, columns = D ? D : (d + 15) / 16 * 16;
+    for (int c = c0; c < columns; c += SIDE * 8) {
+      const bf16_t* g = from + (size_t)(j0 + r0) * kv_dim + c;
+      bf16_t* at = to + r0 * ld + c;
+#pragma unroll 4
+      for (int r = r0; r < r0 + TILE; r += ROWS, g += ROWS * kv_dim, at += ROWS * ld) {
+        const bool there = j0 + r < total && (D || c < d);
+        gpu::cp_async16(at, there ? g : from, there);
+      }
     }
     gpu::cp_async_commit();
   }
@@ -68,6 +75,7 @@ DEVICE void body(const Attention& a) {
   const int stages = a.stages, size = TILE * b.ld;
   b.q = smem, b.k = b.q + M * b.ld, b.v = b.k + stages * size, b.p = b.v + stages * size;
   b.across = reinterpret_cast<float*>(b.p + M * PLD);
+  b.see = reinterpret_cast<u64*>(b.across + WARPS * M);
   const bf16_t* keys = kv_keys(s, a.layer, b.kv_dim) + head * b.d;
   const bf16_t* values = keys + (size_t)s.capacity * b.kv_dim;
   const int steps = (b.d + 15) / 16;
@@ -102,9 +110,12 @@ DEVICE void body(const Attention& a) {
   for (u32 t = 0; t < tiles; t++) {
     const u32 j0 = from + t * TILE, stage = stages == 2 ? t & 1 : 0;
     const bf16_t *k = b.k + stage * size, *v = b.v + stage * size;
+    const bool masked = j0 + TILE > all_end || j0 < all_begin;
+    if (masked && threadIdx.x < M)
+      b.see[threadIdx.x] = sight(s, min((q0 + threadIdx.x) / a.group, s.rows - 1), a.window, j0);
     if (t == 0) stages == 2 ? gpu::cp_async_wait<3>() : gpu::cp_async_wait<1>();
     else stages == 2 ? gpu::cp_async_wait<2>() : gpu::cp_async_wait<0>();
-    __syncthreads();  // this tile's keys are here; the values of the one before are done with
+    __syncthreads();  // this tile's keys and masks are here; the values of the one before are done with
     if (t) {
       const u32 next = t + stages - 1;
       if (next < tiles) b.fetch(b.v + (stages == 2 ? next & 1 : 0) * size, values, from + next * TILE);
@@ -123,11 +134,10 @@ DEVICE void body(const Attention& a) {
         gpu::mma_bf16(x[m][1], qf, kf[2], kf[3]);
       }
     }
-    const bool masked = j0 + TILE > all_end || j0 < all_begin;
     GPU_UNROLL for (int m = 0; m < MT; m++) GPU_UNROLL for (int h = 0; h < 2; h++) {
       const int r = m * 16 + h * 8 + lane / 4;
       if (masked) {
-        const u64 see = sight(s, min((q0 + r) / a.group, s.rows - 1), a.window, j0) >> (warp * 16 + lane % 4 * 2);
+        const u32 see = (u32)(b.see[r] >> (warp * 16)) >> lane % 4 * 2;
         GPU_UNROLL for (int n = 0; n < 2; n++) GPU_UNROLL for (int e = 0; e < 2; e++)
           if (!(see >> (n * 8 + e) & 1)) x[m][n][2 * h + e] = -INFINITY;
       }
@@ -164,7 +174,7 @@ DEVICE void body(const Attention& a) {
         gpu::ldmatrix_x4(pf[m], b.p + (m * 16 + (lane & 15)) * PLD + kk * 16 + (lane >> 4) * 8);
       GPU_UNROLL for (int c = 0; c < SLICES; c++) {
         const int slice = c * WARPS + warp;
-        if (slice >= steps) break;
+        if ((D == 0 || D % 64) && slice >= steps) break;
         uint32_t vf[4];
         gpu::ldmatrix_x4_trans(vf, v + (kk * 16 + (lane & 15)) * b.ld + slice * 16 + (lane >> 4) * 8);
         GPU_UNROLL for (int m = 0; m < MT; m++) {
@@ -204,15 +214,15 @@ DEVICE void body(const Attention& a) {
 }
 }  // namespace attend
 
-KERNEL(attend_64_m16, Attention, 128) { attend::body<64, 1>(a); }
-KERNEL(attend_64_m64, Attention, 128) { attend::body<64, 4>(a); }
-KERNEL(attend_96_m16, Attention, 128) { attend::body<96, 1>(a); }
-KERNEL(attend_96_m64, Attention, 128) { attend::body<96, 4>(a); }
-KERNEL(attend_128_m16, Attention, 128) { attend::body<128, 1>(a); }
-KERNEL(attend_128_m64, Attention, 128) { attend::body<128, 4>(a); }
-KERNEL(attend_256_m16, Attention, 128) { attend::body<256, 1>(a); }
-KERNEL(attend_256_m32, Attention, 128) { attend::body<256, 2>(a); }
-KERNEL(attend_any_m16, Attention, 128) { attend::body<0, 1>(a); }
+KERNEL(attend_64_m16, Attention, 128, 4) { attend::body<64, 1>(a); }
+KERNEL(attend_64_m64, Attention, 128, 2) { attend::body<64, 4>(a); }
+KERNEL(attend_96_m16, Attention, 128, 4) { attend::body<96, 1>(a); }
+KERNEL(attend_96_m64, Attention, 128, 2) { attend::body<96, 4>(a); }
+KERNEL(attend_128_m16, Attention, 128, 4) { attend::body<128, 1>(a); }
+KERNEL(attend_128_m64, Attention, 128, 2) { attend::body<128, 4>(a); }
+KERNEL(attend_256_m16, Attention, 128, 4) { attend::body<256, 1>(a); }
+KERNEL(attend_256_m32, Attention, 128, 2) { attend::body<256, 2>(a); }
+KERNEL(attend_any_m16, Attention, 128, 4) { attend::body<0, 1>(a); }
 
 // y = sum_c w_c parts_c / sum_c w_c l_c, w_c = 2^(m_c - max m). A thread owns four columns of one row and head.
 KERNEL(attend_merge, Attention, 128) {

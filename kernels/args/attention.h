@@ -91,7 +91,7 @@ ARGS(Attention) {
 //   attend_64_m16    Attention, head_dim 64, M = 16     and attend_64_m64, attend_96_m16, attend_96_m64, attend_128_m16,
 //   attend_128_m64, attend_256_m16, attend_256_m32, attend_any_m16 (any head_dim of the contract); M = 16, 32 or 64 as named.
 //       grid ((rows * group + segments * (M - 1)) / M, chunks, kv_heads), block 128
-//       shared memory 2 * (M * ld + stages * 128 * ld + M * 72) + 16 * M bytes, ld = up(head_dim, 16) * 16 + 8
+//       shared memory 2 * (M * ld + stages * 128 * ld + M * 72) + 24 * M bytes, ld = up(head_dim, 16) * 16 + 8
 //       M = 16 while the longest segment's rows * group is at most 16; results do not depend on M, nor on stages.
 //       Scratch: parts and stats as in the contract. `chunk` decides the order of sums: fix it by the shape alone, not by rows.
 //   attend_merge     Attention       grid (up(rows * kv_heads * group * head_dim / 4, 128)), block 128; only when chunks > 1

@@ -235,7 +235,7 @@ void run_attend(Pass& pass, const Spec& z, Array<float>& q, Array<bf16_t>& y, fl
   const std::string name = entry(z.d, m);
   m = atoi(name.c_str() + name.find("_m") + 2);
   const u32 ld = (z.d + 15) / 16 * 16 + 8;
-  const size_t smem = 2 * (m * ld + stages * 128 * ld + m * 72) + 16 * m;
+  const size_t smem = 2 * (m * ld + stages * 128 * ld + m * 72) + 24 * m;
   const dim3 grid((pass.rows * z.group + segments * (m - 1)) / m, chunks, z.kv_heads);
   const u32 merge = (pass.rows * heads * z.d / 4 + 127) / 128;
   for (int run = 0; run < (schedules ? 3 : 1); run++) {
