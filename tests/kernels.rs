@@ -106,6 +106,13 @@ fn cpu_fast_meets_the_specification() {
     }
 }
 
+#[cfg(feature = "emu")]
+#[test]
+fn cuda_emulated_meets_the_specification() {
+    let cuda = quadriga::backend::cuda::Cuda::emulated().unwrap();
+    check("cuda emulated", &cuda, Kept { quantized: Storage::BF16, kv: Storage::BF16 });
+}
+
 #[test]
 fn fused_operations_equal_their_compositions() {
     fused_equals_composed("naive", &Naive);

@@ -11,6 +11,7 @@
 //! Row independence: a row's result never depends on how many rows are in the pass.
 
 pub mod cpu;
+pub mod cuda;
 pub mod host;
 pub mod naive;
 

@@ -9,7 +9,7 @@ use crate::model::{KvCache, Model, Sequence, Want, Workspace};
 use crate::rng::Rng;
 
 /// Rows of one prefill pass: enough to be bound by arithmetic, few enough to keep activations in the cache and memory small.
-pub const PREFILL_ROWS: usize = 128;
+pub const PREFILL_ROWS: usize = 64;
 /// Rows of one pass that may want logits: the largest speculation tree, and the chunk of a perplexity run.
 pub const LOGIT_ROWS: usize = 64;
 

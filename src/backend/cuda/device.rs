@@ -1,0 +1,251 @@
+//! A device, its one stream, its kernels, and the small things a pass sends to it.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DriverError, result};
+use cudarc::nvrtc::Ptx;
+
+use super::kernels::{FILES, Kernel};
+use super::memory::{CudaBuf, Dst, Src};
+use super::{Args, images};
+use crate::dtype::Elem;
+use crate::error::{Error, ErrorKind, Result};
+
+/// An NVIDIA GPU as a backend.
+pub struct Cuda {
+    pub(super) stream: Arc<Stream>,
+    small: Mutex<Small>,
+}
+
+/// The stream on which everything runs, and the kernels.
+pub(super) struct Stream {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    functions: HashMap<&'static str, CudaFunction>,
+    shared_memory: usize,
+}
+
+fn device(e: DriverError) -> Error {
+    Error::new(ErrorKind::Device, format!("CUDA: {e}"))
+}
+
+fn missing(why: &str) -> Error {
+    Error::new(ErrorKind::Device, format!("{why}; use --device cpu"))
+}
+
+/// What is the matter with this machine, if it cannot run the kernels.
+fn present() -> Result<()> {
+    // SAFETY: opens and closes the driver's library, whose initialisers are trusted as every CUDA program trusts them.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(missing("no CUDA driver on this machine (libcuda was not found)"));
+    }
+    result::init().map_err(|e| missing(&format!("the CUDA driver does not start ({e})")))?;
+    match result::device::get_count() {
+        Ok(n) if n > 0 => Ok(()),
+        _ => Err(missing("the CUDA driver finds no GPU")),
+    }
+}
+
+/// Whether this machine and this binary can run CUDA kernels.
+pub fn available() -> bool {
+    !images::FATBINS.is_empty() && present().is_ok()
+}
+
+impl Cuda {
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// `Device`: no driver, no GPU, a driver that refuses the kernels, a binary that was built without them.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        present()?;
+        if images::FATBINS.is_empty() && !cfg!(feature = "emu") {
+            return Err(missing("this binary was built without CUDA kernels (no nvcc was found)"));
+        }
+        let context = CudaContext::new(ordinal).map_err(device)?;
+        // SAFETY: before any allocation, and all work goes to one stream, whose order is all the tracking there is to do.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(device)?;
+        let optin = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_memory = context.attribute(optin).map_err(device)?;
+        let mut functions = HashMap::new();
+        for (file, names) in FILES {
+            let image = images::FATBINS.iter().find(|(n, _)| n == file).map(|(_, image)| image.to_vec());
+            // The emulator has the kernels linked in and takes any image.
+            let Some(image) = image.or(cfg!(feature = "emu").then(|| vec![0; 64])) else {
+                return Err(missing(&format!("this binary was built without the kernels of {file}.cu")));
+            };
+            let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
+                let (name, (major, minor)) = (context.name().unwrap_or_default(), context.compute_capability().unwrap_or((0, 0)));
+                missing(&format!("{name} (compute capability {major}.{minor}) does not take the kernels of {file}.cu ({e})"))
+            })?;
+            for &name in *names {
+                let f = module.load_function(name).map_err(device)?;
+                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                let own = f.shared_size_bytes().unwrap_or(0);
+                f.set_attribute(most, shared_memory - own).map_err(device)?;
+                functions.insert(name, f);
+            }
+        }
+        let stream = Arc::new(Stream { context, stream, functions, shared_memory: shared_memory as usize });
+        Ok(Self { stream, small: Mutex::default() })
+    }
+
+    /// The kernels on CPU threads, behind a stand-in for the CUDA driver: for tests without a GPU.
+    #[cfg(feature = "emu")]
+    pub fn emulated() -> Result<Self> {
+        static LOADED: std::sync::OnceLock<std::result::Result<libloading::Library, String>> = std::sync::OnceLock::new();
+        let load = || {
+            // SAFETY: our own library; its initialisers only list the kernels. It takes the place of libcuda, since the
+            // loader gives a library that is already loaded under a name to whoever asks for that name.
+            unsafe { libloading::Library::new(env!("QUADRIGA_EMU")) }.map_err(|e| e.to_string())
+        };
+        match LOADED.get_or_init(load) {
+            Ok(_) => Self::open(0),
+            Err(e) => Err(Error::new(ErrorKind::Device, format!("the emulator does not load: {e}"))),
+        }
+    }
+
+    /// Name of the device.
+    pub fn name(&self) -> String {
+        self.stream.context.name().unwrap_or_else(|_| "unnamed CUDA device".into())
+    }
+
+    /// Waits for everything that was queued.
+    ///
+    /// # Errors
+    /// What a kernel or a copy met.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.stream.synchronize().map_err(device)
+    }
+
+    /// The small buffers; held until the launch that reads them is queued, so that no other thread writes in between.
+    pub(super) fn small(&self) -> MutexGuard<'_, Small> {
+        self.small.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a kernel.
+    pub(super) fn launch<A: Args>(&self, kernel: Kernel<A>, args: A, grid: [usize; 3], block: usize, shared: usize) -> Result<()> {
+        self.stream.launch(kernel, args, grid, block, shared)
+    }
+}
+
+impl Stream {
+    /// Bytes of shared memory that a block may have.
+    pub fn shared_memory(&self) -> usize {
+        self.shared_memory
+    }
+
+    pub fn zeros(&self, bytes: usize) -> Result<(CudaSlice<u8>, u64)> {
+        let memory = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(|e| {
+            let free = self.context.mem_get_info().map_or(0, |(free, _)| free);
+            let says = format!("cannot reserve {bytes} bytes on the GPU, of which {free} are free ({e})");
+            Error::new(ErrorKind::Capacity, says)
+        })?;
+        let (address, _) = cudarc::driver::DevicePtr::device_ptr(&memory, &self.stream);
+        Ok((memory, address))
+    }
+
+    pub fn upload<T: Elem>(&self, dst: Dst<'_, T>, src: &[T]) -> Result<()> {
+        assert_eq!(dst.len(), src.len(), "elements of an upload");
+        if src.is_empty() {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(device)?;
+        // SAFETY: `dst` is as long as `src` and lent for writing; the driver stages pageable memory before it returns.
+        unsafe { result::memcpy_htod_async(dst.address(), src, self.stream.cu_stream()) }.map_err(device)
+    }
+
+    pub fn download<T: Elem>(&self, src: Src<'_, T>, dst: &mut [T]) -> Result<()> {
+        assert_eq!(dst.len(), src.len(), "elements of a download");
+        if dst.is_empty() {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(device)?;
+        // SAFETY: `src` is as long as `dst`, which lives until the stream has been waited for.
+        unsafe { result::memcpy_dtoh_async(dst, src.address(), self.stream.cu_stream()) }.map_err(device)?;
+        self.stream.synchronize().map_err(device)
+    }
+
+    pub fn copy<T: Elem>(&self, dst: Dst<'_, T>, src: Src<'_, T>) -> Result<()> {
+        assert_eq!(dst.len(), src.len(), "elements of a copy");
+        if dst.len() == 0 {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(device)?;
+        let bytes = src.len() * size_of::<T>();
+        // SAFETY: both are as long, one is lent for writing alone.
+        unsafe { result::memcpy_dtod_async(dst.address(), src.address(), bytes, self.stream.cu_stream()) }.map_err(device)
+    }
+
+    fn launch<A: Args>(&self, kernel: Kernel<A>, mut args: A, grid: [usize; 3], block: usize, shared: usize) -> Result<()> {
+        let f = &self.functions[kernel.name];
+        let [x, y, z] = grid.map(|n| n as u32);
+        self.context.bind_to_thread().map_err(device)?;
+        let mut params = [(&raw mut args).cast::<c_void>()];
+        // SAFETY: the kernel takes exactly one A (a kernel's name and type stand together in the table, and both sides of A
+        // come from one contract, which its constructor has checked); the driver copies it before it returns.
+        let run = unsafe {
+            result::launch_kernel(f.cu_function(), (x, y, z), (block as u32, 1, 1), shared as u32, self.stream.cu_stream(), &mut params)
+        };
+        run.map_err(|e| Error::new(ErrorKind::Device, format!("CUDA: {} [{x}, {y}, {z}] x {block}: {e}", kernel.name)))
+    }
+}
+
+/// What a [`Small`] buffer holds.
+#[derive(Clone, Copy)]
+pub(super) enum Slot {
+    Tokens,
+    Rows,
+    Segments,
+    TreeBits,
+    Parts,
+    Stats,
+}
+
+/// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
+#[derive(Default)]
+pub(super) struct Small([Entry; 6]);
+
+#[derive(Default)]
+struct Entry {
+    device: Option<CudaBuf<u8>>,
+    /// What the device holds, of what was sent from here.
+    sent: Vec<u8>,
+}
+
+impl Small {
+    /// `data` on the device; what is there already is not sent again (the segments of a pass are the same for all layers).
+    pub fn put<T: Elem>(&mut self, stream: &Arc<Stream>, slot: Slot, data: &[T]) -> Result<Src<'static, T>> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        let dst = self.room::<T>(stream, slot, data.len())?;
+        let entry = &mut self.0[slot as usize];
+        if entry.sent != bytes {
+            entry.sent.clear();
+            if let Some(device) = &mut entry.device {
+                stream.upload(crate::backend::Buffer::head_mut(device, bytes.len()), bytes)?;
+            }
+            entry.sent.extend_from_slice(bytes);
+        }
+        Ok(Src::at(dst.address(), dst.len()))
+    }
+
+    /// Room for `n` elements, of any content.
+    pub fn room<T: Elem>(&mut self, stream: &Arc<Stream>, slot: Slot, n: usize) -> Result<Dst<'static, T>> {
+        let entry = &mut self.0[slot as usize];
+        let bytes = n * size_of::<T>();
+        let device = match entry.device.take() {
+            Some(d) if crate::backend::Buffer::len(&d) >= bytes => d,
+            _ => {
+                entry.sent.clear();
+                CudaBuf::zeros(stream, bytes.next_power_of_two().max(256))?
+            }
+        };
+        let address = device.address();
+        entry.device = Some(device);
+        Ok(Dst::at(address, n))
+    }
+}

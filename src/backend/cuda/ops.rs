@@ -1,0 +1,334 @@
+//! The ops of [`Backend`], each one launch (attention two).
+
+use half::bf16;
+
+use super::args;
+use super::device::{Cuda, Slot};
+use super::kernels::{self as k, Kernel};
+use super::kv::{CudaKv, table};
+use super::memory::{CudaBuf, Dst, Src};
+use super::weight::{CudaWeight, Form};
+use crate::backend::{AttnSpec, Backend, Buffer, Segment, WeightInfo};
+use crate::dtype::Elem;
+use crate::error::{Result, bail};
+use crate::model::config::Activation;
+use crate::tensor::HostTensor;
+
+/// Threads of a block of the row operations.
+const THREADS: usize = 256;
+/// Cache rows that one block of attention passes over. Fixed: it decides the order of sums.
+const KEY_CHUNK: usize = 256;
+
+fn rows_of(what: &'static str, len: usize, d: usize) -> Result<usize> {
+    if d == 0 || !len.is_multiple_of(d) {
+        bail!(Shape, "{what}: {len} elements are no rows of {d}");
+    }
+    Ok(len / d)
+}
+
+/// Blocks of an elementwise kernel that strides over what they leave.
+fn spread(n: usize) -> [usize; 3] {
+    [n.div_ceil(THREADS).min(4096), 1, 1]
+}
+
+impl Cuda {
+    fn rows_launch<A: super::Args>(&self, kernel: Kernel<A>, args: A, rows: usize) -> Result<()> {
+        self.launch(kernel, args, [rows, 1, 1], THREADS, 0)
+    }
+
+    /// Sends the table of segments; the guard keeps it until the launch.
+    fn segments(&self, small: &mut super::device::Small, segments: &[Segment<'_, Self>]) -> Result<Src<'static, args::Seg>> {
+        let (mut segs, bits) = table(segments)?;
+        let words = small.put(&self.stream, Slot::TreeBits, &bits)?;
+        for s in &mut segs {
+            s.bits = if s.mask == 2 { words.address() + s.bits } else { 0 };
+        }
+        small.put(&self.stream, Slot::Segments, &segs)
+    }
+}
+
+impl Backend for Cuda {
+    type Act = bf16;
+    type Acc = f32;
+    type Buf<T: Elem> = CudaBuf<T>;
+    type Weight = CudaWeight;
+    type Kv = CudaKv;
+
+    fn alloc<T: Elem>(&self, n: usize) -> Result<CudaBuf<T>> {
+        CudaBuf::zeros(&self.stream, n)
+    }
+
+    fn upload<T: Elem>(&self, dst: Dst<'_, T>, src: &[T]) -> Result<()> {
+        self.stream.upload(dst, src)
+    }
+
+    fn download<T: Elem>(&self, src: Src<'_, T>, dst: &mut [T]) -> Result<()> {
+        self.stream.download(src, dst)
+    }
+
+    fn upload_acc(&self, dst: Dst<'_, f32>, src: &[f32]) -> Result<()> {
+        self.stream.upload(dst, src)
+    }
+
+    fn download_acc(&self, src: Src<'_, f32>, dst: &mut [f32]) -> Result<()> {
+        self.stream.download(src, dst)
+    }
+
+    fn weight(&self, t: HostTensor) -> Result<CudaWeight> {
+        CudaWeight::new(&self.stream, t)
+    }
+
+    fn embed(&self, y: Dst<'_, f32>, table: &CudaWeight, tokens: &[u32], scale: f32) -> Result<()> {
+        let (rows, d) = (tokens.len(), table.cols());
+        if rows == 0 {
+            return Ok(());
+        }
+        let (kernel, bytes, size) = match &table.form {
+            Form::Bf16(b) => (k::EMBED_BF16, Src::at(b.address(), 2 * b.len()), 2),
+            Form::Plain(b, 2) => (k::EMBED_F16, b.all(), 2),
+            Form::Plain(b, size) => (k::EMBED_F32, b.all(), *size),
+        };
+        let mut small = self.small();
+        let tokens = small.put(&self.stream, Slot::Tokens, tokens)?;
+        let args = args::Embed::new(bytes, tokens, y, table.rows() as u32, rows as u32, d as u32, size as u32, scale)?;
+        self.rows_launch(kernel, args, rows)
+    }
+
+    fn gather_rows(&self, y: Dst<'_, f32>, x: Src<'_, f32>, rows: &[u32], d: usize) -> Result<()> {
+        let from = rows_of("gather_rows", x.len(), d)?;
+        let n = rows.len();
+        if n == 0 {
+            return Ok(());
+        }
+        let mut small = self.small();
+        let index = small.put(&self.stream, Slot::Rows, rows)?;
+        self.rows_launch(k::GATHER_ROWS, args::GatherRows::new(x, index, y, from as u32, n as u32, d as u32)?, n)
+    }
+
+    fn add(&self, x: Dst<'_, f32>, r: Src<'_, f32>) -> Result<()> {
+        let n = x.len();
+        if n == 0 {
+            return Ok(());
+        }
+        self.launch(k::ADD, args::Add::new(x, r, n as u32)?, spread(n), THREADS, 0)
+    }
+
+    fn rms_norm(&self, y: Dst<'_, bf16>, x: Src<'_, f32>, w: &CudaBuf<f32>, eps: f32) -> Result<()> {
+        let rows = rows_of("rms_norm", x.len(), w.len())?;
+        if rows == 0 {
+            return Ok(());
+        }
+        self.rows_launch(k::RMS_NORM, args::RmsNorm::new(x, w.all(), y, rows as u32, w.len() as u32, eps)?, rows)
+    }
+
+    fn add_rms_norm(
+        &self,
+        y: Dst<'_, bf16>,
+        x: &mut CudaBuf<f32>,
+        r: Src<'_, f32>,
+        w: &CudaBuf<f32>,
+        rows: usize,
+        eps: f32,
+    ) -> Result<()> {
+        let (d, x) = (w.len(), x.head_mut(rows * w.len()));
+        if rows == 0 {
+            return Ok(());
+        }
+        self.rows_launch(k::ADD_RMS_NORM, args::AddRmsNorm::new(x, r, w.all(), y, rows as u32, d as u32, eps)?, rows)
+    }
+
+    fn add_normed(&self, x: Dst<'_, f32>, r: Src<'_, f32>, w: &CudaBuf<f32>, eps: f32) -> Result<()> {
+        let rows = rows_of("add_normed", x.len(), w.len())?;
+        if rows == 0 {
+            return Ok(());
+        }
+        self.rows_launch(k::ADD_NORMED, args::AddNormed::new(x, r, w.all(), rows as u32, w.len() as u32, eps)?, rows)
+    }
+
+    fn head_norm(&self, x: Dst<'_, f32>, w: &CudaBuf<f32>, eps: f32) -> Result<()> {
+        let n = rows_of("head_norm", x.len(), w.len())?;
+        if n == 0 {
+            return Ok(());
+        }
+        let args = args::HeadNorm::new(x, w.all(), n as u32, w.len() as u32, eps)?;
+        self.rows_launch(k::HEAD_NORM, args, n.div_ceil(THREADS / 32))
+    }
+
+    fn linear(&self, y: Dst<'_, f32>, x: Src<'_, bf16>, w: &CudaWeight, bias: Option<&CudaBuf<f32>>) -> Result<()> {
+        let (outputs, inputs) = (w.rows(), w.cols());
+        let rows = rows_of("linear", x.len(), inputs)?;
+        if rows == 0 {
+            return Ok(());
+        }
+        let (has_bias, bias) = (u32::from(bias.is_some()), bias.map_or(Src::EMPTY, |b| b.all()));
+        let (r, i, o) = (rows as u32, inputs as u32, outputs as u32);
+        match &w.form {
+            Form::Bf16(w) if inputs % 8 == 0 => {
+                let args = args::Linear::new(x, w.all(), bias, y, r, i, o, has_bias)?;
+                let (kernel, strip, tile) = match rows {
+                    ..=8 => (k::LINEAR_BF16_8, 16, 8),
+                    ..=16 => (k::LINEAR_BF16_16, 32, 16),
+                    ..=32 => (k::LINEAR_BF16_32, 32, 32),
+                    _ => (k::LINEAR_BF16_64, 32, 64),
+                };
+                self.launch(kernel, args, [outputs.div_ceil(strip), rows.div_ceil(tile), 1], THREADS, 0)
+            }
+            Form::Bf16(w) => {
+                let args = args::LinearOdd::new(x, w.all(), bias, y, r, i, o, has_bias)?;
+                self.launch(k::LINEAR_BF16_ODD, args, [outputs.div_ceil(16), rows.div_ceil(8), 1], THREADS, 0)
+            }
+            Form::Plain(w, size) => {
+                let args = args::Dense::new(w.all(), x, bias, y, r, o, i, *size as u32, has_bias)?;
+                let kernel = if *size == 2 { k::DENSE_F16 } else { k::DENSE_F32 };
+                self.launch(kernel, args, [outputs.div_ceil(THREADS / 32), rows, 1], THREADS, 0)
+            }
+        }
+    }
+
+    fn glu(&self, y: Dst<'_, bf16>, gate: Src<'_, f32>, up: Src<'_, f32>, act: Activation) -> Result<()> {
+        let n = y.len();
+        if n == 0 {
+            return Ok(());
+        }
+        let act = match act {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+        };
+        self.launch(k::GLU, args::Glu::new(gate, up, y, n as u32, act)?, spread(n), THREADS, 0)
+    }
+
+    fn rope(&self, x: Dst<'_, f32>, table: Src<'_, f32>, head_dim: usize) -> Result<()> {
+        let rows = rows_of("rope", table.len(), head_dim)?;
+        if rows == 0 {
+            return Ok(());
+        }
+        let heads = x.len() / (rows * head_dim);
+        self.rows_launch(k::ROPE, args::Rope::new(x, table, rows as u32, heads as u32, head_dim as u32)?, rows)
+    }
+
+    fn kv_alloc(&self, layers: usize, capacity: usize, kv_dim: usize) -> Result<CudaKv> {
+        CudaKv::alloc(&self.stream, layers, capacity, kv_dim)
+    }
+
+    fn kv_stage(&self, segments: &mut [Segment<'_, Self>], layer: usize, keys: Src<'_, f32>, v: Src<'_, f32>) -> Result<()> {
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        let Some(kv_dim) = segments.first().map(|s| s.kv.kv_dim).filter(|_| rows > 0) else { return Ok(()) };
+        let mut small = self.small();
+        let segs = self.segments(&mut small, segments)?;
+        let args = args::KvStage::new(segs, keys, v, segs.len() as u32, rows as u32, layer as u32, kv_dim as u32)?;
+        self.launch(k::KV_STAGE, args, [rows, (kv_dim / 4).div_ceil(128), 1], 128, 0)
+    }
+
+    fn kv_commit(&self, kv: &mut CudaKv, past: usize, rows: &[u32]) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let (n, layers, capacity, kv_dim) = (rows.len() as u32, kv.layers as u32, kv.capacity as u32, kv.kv_dim as u32);
+        let mut small = self.small();
+        let path = small.put(&self.stream, Slot::Rows, rows)?;
+        let args = args::KvCommit::new(path, kv.data.address(), past as u32, n, layers, capacity, kv_dim)?;
+        self.launch(k::KV_COMMIT, args, [(kv.layers * kv.kv_dim / 4).div_ceil(128), 1, 1], 128, 0)
+    }
+
+    fn kv_copy(&self, dst: &mut CudaKv, src: &CudaKv, len: usize) -> Result<()> {
+        dst.copy_from(&self.stream, src, len)
+    }
+
+    fn rope_stage(
+        &self,
+        q: &mut CudaBuf<f32>,
+        keys: &mut CudaBuf<f32>,
+        v: &CudaBuf<f32>,
+        table: Src<'_, f32>,
+        segments: &mut [Segment<'_, Self>],
+        layer: usize,
+        spec: &AttnSpec,
+    ) -> Result<()> {
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        if rows == 0 {
+            return Ok(());
+        }
+        let (heads, kv_heads, head_dim) = (spec.heads, spec.kv_heads, spec.head_dim);
+        let (q, keys, v) = (q.head_mut(rows * spec.q_dim()), keys.head(rows * spec.kv_dim()), v.head(rows * spec.kv_dim()));
+        let mut small = self.small();
+        let segs = self.segments(&mut small, segments)?;
+        let n = segs.len() as u32;
+        let args = args::RopeStage::new(
+            segs,
+            q,
+            keys,
+            v,
+            table,
+            n,
+            rows as u32,
+            layer as u32,
+            heads as u32,
+            kv_heads as u32,
+            head_dim as u32,
+        )?;
+        let vectors = heads * head_dim / 8 + kv_heads * head_dim / 4;
+        self.launch(k::ROPE_STAGE, args, [rows, vectors.div_ceil(128), 1], 128, 0)
+    }
+
+    fn attention(
+        &self,
+        y: Dst<'_, bf16>,
+        q: Src<'_, f32>,
+        segments: &[Segment<'_, Self>],
+        layer: usize,
+        spec: &AttnSpec,
+    ) -> Result<()> {
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        if rows == 0 {
+            return Ok(());
+        }
+        let (kv_heads, head_dim, group) = (spec.kv_heads, spec.head_dim, spec.heads / spec.kv_heads);
+        let longest = segments.iter().map(|s| s.rows * group).max().unwrap_or(0);
+        let (kernel, tile) = match (head_dim, longest <= 16) {
+            (64, true) => (k::ATTEND_64_M16, 16),
+            (64, false) => (k::ATTEND_64_M64, 64),
+            (96, true) => (k::ATTEND_96_M16, 16),
+            (96, false) => (k::ATTEND_96_M64, 64),
+            (128, true) => (k::ATTEND_128_M16, 16),
+            (128, false) => (k::ATTEND_128_M64, 64),
+            (256, true) => (k::ATTEND_256_M16, 16),
+            (256, false) => (k::ATTEND_256_M32, 32),
+            _ => (k::ATTEND_ANY_M16, 16),
+        };
+        let keys = segments.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
+        let chunks = keys.div_ceil(KEY_CHUNK);
+        let ld = head_dim.div_ceil(16) * 16 + 8;
+        let shared = |stages: usize| 2 * (tile * ld + stages * 128 * ld + tile * 72) + 16 * tile;
+        let stages = if shared(2) <= self.stream.shared_memory() { 2 } else { 1 };
+        let heads = rows * kv_heads * group;
+        let mut small = self.small();
+        let parts = small.room(&self.stream, Slot::Parts, chunks * heads * head_dim)?;
+        let stats = small.room(&self.stream, Slot::Stats, chunks * heads * 2)?;
+        let segs = self.segments(&mut small, segments)?;
+        let window = spec.window.map_or(0, |w| w as u32);
+        let args = args::Attention::new(
+            segs,
+            q,
+            y,
+            parts,
+            stats,
+            segs.len() as u32,
+            rows as u32,
+            layer as u32,
+            kv_heads as u32,
+            group as u32,
+            head_dim as u32,
+            window,
+            KEY_CHUNK as u32,
+            chunks as u32,
+            stages as u32,
+            spec.scale,
+        )?;
+        let tiles = (rows * group + segs.len() * (tile - 1)) / tile;
+        self.launch(kernel, args, [tiles, chunks, kv_heads], 128, shared(stages))?;
+        if chunks > 1 {
+            self.launch(k::ATTEND_MERGE, args, [(heads * head_dim / 4).div_ceil(128), 1, 1], 128, 0)?;
+        }
+        Ok(())
+    }
+}
