@@ -12,8 +12,16 @@ names=("$@")
 ((${#names[@]})) || for f in "$here"/emu/test/test_*.cpp; do n=${f##*/test_}; names+=("${n%.cpp}"); done
 mkdir -p "$out"
 flags=(-std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -I"$here" -I"$here/emu")
-# Never with -fsanitize: its hooks are weak symbols, one object serves all builds.
-"$cxx" "${flags[@]}" -O2 -c "$here/emu/emu.cpp" -o "$out/emu.o"
+# The emulator is never built with -fsanitize: its hooks are weak symbols, the same objects serve all builds.
+emulator=()
+for f in "$here"/emu/emu*.cpp; do
+  n=${f##*/}
+  object=$out/${n%.cpp}.o
+  if [[ ! $object -nt $f || -n $(find "$here"/emu/*.h -newer "$object") ]]; then
+    "$cxx" "${flags[@]}" -O2 -c "$f" -o "$object.$$" && mv "$object.$$" "$object"
+  fi
+  emulator+=("$object")
+done
 failed=0
 for mode in ${MODES:-plain address,undefined thread}; do
   san=() opt=-O2
@@ -21,7 +29,7 @@ for mode in ${MODES:-plain address,undefined thread}; do
   for name in "${names[@]}"; do
     echo "== $name, $mode"
     # A test includes the .cu files it is about.
-    "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "$out/emu.o" -o "$out/$name" -pthread
+    "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "${emulator[@]}" -o "$out/$name" -pthread
     ASAN_OPTIONS=detect_leaks=0 "$out/$name" >"$out/$name.log" 2>&1 || { failed=1; cat "$out/$name.log"; }
     tail -1 "$out/$name.log"
   done
