@@ -9,8 +9,6 @@
 #include "rt/gpu.cuh"
 #include "rt/quant.cuh"
 
-constexpr int SLICES = 8;
-
 template <class F, int MT, int NT>
 DEVICE void linear(const typename F::Args& a) {
   constexpr int BATCH = F::BATCH > MT && NT < 8 ? F::BATCH / MT : 1;  // eight tiles of rows fill the registers
@@ -32,7 +30,7 @@ DEVICE void linear(const typename F::Args& a) {
   const auto load = [&](Batch& to, u32 at) {
     GPU_UNROLL for (int i = 0; i < BATCH; i++)
       if (at + i < end)
-        GPU_UNROLL for (int m = 0; m < MT; m++) w[m].load(to[i][m], at + i);
+        GPU_UNROLL for (int m = 0; m < MT; m++) w[m].load(to[i][m], a, at + i);
   };
   const auto multiply = [&](const Batch& by, u32 at) {
     GPU_UNROLL for (int i = 0; i < BATCH; i++) {
@@ -72,7 +70,7 @@ DEVICE void linear(const typename F::Args& a) {
     for (u32 i = threadIdx.x; i < 8 * TILE_OUT * MT; i += 32 * SLICES) {
       const u32 r = i / (TILE_OUT * MT), o = i % (TILE_OUT * MT), row = row0 + 8 * n + r, out = strip * TILE_OUT + o;
       float y = part[0][r][o];
-      GPU_UNROLL for (int s = 1; s < SLICES; s++) y += part[s][r][o];
+      GPU_UNROLL for (u32 s = 1; s < SLICES; s++) y += part[s][r][o];
       if (row < a.rows && out < a.outputs) a.y[(size_t)row * a.outputs + out] = a.has_bias ? y + a.bias[out] : y;
     }
   }

@@ -89,14 +89,17 @@ ARGS(LinearQ6_K) {
   u32 has_bias;    // <= 1
 };
 
-// Launches. Every entry point takes any number of rows; its name tells how many it serves with one reading of the weights. Blocks
-// of 256 threads, no dynamic shared memory. The bits of y[r, o] are the same from all entry points of one weight format.
+// Launches. Blocks of 256 threads. Every entry point takes any number of rows; the name of linear_* tells how many it serves with
+// one reading of the weights. The bits of y[r, o] are the same from all entry points of one weight format.
 //
-//   entry                   grid x               grid y            for
-//   linear_FORMAT_8         (outputs + 15) / 16  (rows + 7) / 8     1..8 rows
-//   linear_FORMAT_16        (outputs + 31) / 32  (rows + 15) / 16   9..16
-//   linear_FORMAT_32        (outputs + 31) / 32  (rows + 31) / 32  17..32
-//   linear_FORMAT_64        (outputs + 31) / 32  (rows + 63) / 64  33..64
-//   linear_bf16_odd         (outputs + 15) / 16  (rows + 7) / 8    LinearOdd: inputs % 8 != 0
+//   entry             grid x               grid y                 dynamic shared memory   for
+//   linear_FORMAT_8   (outputs + 15) / 16  (rows + 7) / 8         0                       1..8 rows
+//   linear_FORMAT_16  (outputs + 31) / 32  (rows + 15) / 16       0                       9..16
+//   linear_FORMAT_32  (outputs + 31) / 32  (rows + 31) / 32       0                       17..32
+//   linear_FORMAT_64  (outputs + 31) / 32  (rows + 63) / 64       0                       33..64
+//   gemm_FORMAT_64    (rows + 63) / 64     (outputs + 63) / 64    32768, bf16 65536       more, where gemm_FORMAT_128 has few blocks
+//   gemm_FORMAT_128   (rows + 127) / 128   (outputs + 127) / 128  65536, bf16 98304       more
+//   linear_bf16_odd   (outputs + 15) / 16  (rows + 7) / 8         0                       LinearOdd: inputs % 8 != 0
 //
 // FORMAT and arguments: bf16 Linear, q8_0 LinearQ8_0, q4_0 LinearQ4_0, q4_1 LinearQ4_1, q4_k LinearQ4_K, q6_k LinearQ6_K.
+// More than 48 KiB of dynamic shared memory must be asked for (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).

@@ -48,4 +48,8 @@ __device__ __forceinline__ uint2 stream8(const void* p) { uint2 v; asm volatile(
 // The half in the low or high 16 bits.
 __device__ __forceinline__ float f16_low(uint32_t v) { return __half2float(__ushort_as_half((unsigned short)v)); }
 __device__ __forceinline__ float f16_high(uint32_t v) { return __half2float(__ushort_as_half((unsigned short)(v >> 16))); }
+// Shared memory, whatever it holds.
+__device__ __forceinline__ uint4 shared16(const void* p) { return *static_cast<const uint4*>(p); }
+__device__ __forceinline__ uint2 shared8(const void* p) { return *static_cast<const uint2*>(p); }
+__device__ __forceinline__ float as_f32(uint32_t v) { return __uint_as_float(v); }
 }  // namespace gpu

@@ -28,6 +28,8 @@
 #pragma once
 
 constexpr u32 TILE_OUT = 16, TILE_IN = 64;
+// The inputs of an output are summed in this many slices: slice s has tiles s T / 8 .. (s + 1) T / 8 of T.
+constexpr u32 SLICES = 8;
 
 // Eight elements from `k` of a row of `n`, zeros behind its end. WHOLE: n % 8 == 0 and the row is aligned.
 template <bool WHOLE, bool STREAM>
@@ -55,8 +57,10 @@ DEVICE void sum_of_rows(float (&s)[4], uint4 x) {
 template <bool WHOLE, class A>
 struct Bf16 {
   using Args = A;
-  static constexpr int BATCH = 2;  // tiles that a warp loads at a time
-  static constexpr bool MINIMA = false;
+  static constexpr int BATCH = 2;        // tiles that a warp of gemv.cu loads at a time
+  static constexpr bool MINIMA = false;  // sums of x enter
+  static constexpr bool STAGED = true;   // gemm.cu brings the weights to shared memory
+  static constexpr bool HALVES = false;  // lane t has inputs 4 t .. 4 t + 3 of either half of a block
   struct Tile {
     uint4 w[2][2];  // [block][i], output g + 8 i
   };
@@ -69,7 +73,7 @@ struct Bf16 {
       t = lane & 3, inputs = a.inputs;
       for (u32 i = 0; i < 2; i++) row[i] = a.w + (size_t)min(strip * TILE_OUT + (lane >> 2) + 8 * i, a.outputs - 1) * a.inputs;
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
+    __device__ __forceinline__ void load(Tile& tile, const Args&, u32 at) const {
       GPU_UNROLL for (int i = 0; i < 2; i++)
         GPU_UNROLL for (int b = 0; b < 2; b++) tile.w[b][i] = eight<WHOLE, true>(row[i], at * TILE_IN + 32 * b + 8 * t, inputs);
     }
@@ -123,7 +127,7 @@ DEVICE void fold_block(float (&acc)[4], const u32 (&f)[2][4], const BlockScale& 
 // What the formats with a scale for 32 inputs share.
 template <bool MIN>
 struct Blocks {
-  static constexpr bool MINIMA = MIN;
+  static constexpr bool MINIMA = MIN, STAGED = false, HALVES = false;
   using Scale = BlockScale;
   static __device__ __forceinline__ uint4 load_x(const bf16_t* row, u32 block, u32 t, u32 inputs) {
     return eight<true, false>(row, 32 * block + 8 * t, inputs);
@@ -141,14 +145,14 @@ struct Q8_0 : Blocks<false> {
     uint2 d;
   };
   struct Cursor {
-    const u32 *q, *d;
+    u32 q, d;
     __device__ __forceinline__ void seek(const Args& a, u32 strip, u32 lane) {
-      q = a.quants + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 256 + lane * 4;
-      d = a.scales + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
+      q = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 256 + lane * 4;
+      d = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
-      GPU_UNROLL for (int b = 0; b < 2; b++) tile.q[b] = gpu::stream16(q + at * 256 + b * 128);
-      tile.d = gpu::stream8(d + at * 16);
+    __device__ __forceinline__ void load(Tile& tile, const Args& a, u32 at) const {
+      GPU_UNROLL for (int b = 0; b < 2; b++) tile.q[b] = gpu::stream16(a.quants + (q + at * 256 + b * 128));
+      tile.d = gpu::stream8(a.scales + (d + at * 16));
     }
   };
   static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
@@ -167,14 +171,14 @@ struct Q4_0 : Blocks<false> {
     uint2 d;
   };
   struct Cursor {
-    const u32 *q, *d;
+    u32 q, d;
     __device__ __forceinline__ void seek(const Args& a, u32 strip, u32 lane) {
-      q = a.quants + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
-      d = a.scales + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
+      q = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
+      d = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
-      tile.q = gpu::stream16(q + at * 128);
-      tile.d = gpu::stream8(d + at * 16);
+    __device__ __forceinline__ void load(Tile& tile, const Args& a, u32 at) const {
+      tile.q = gpu::stream16(a.quants + (q + at * 128));
+      tile.d = gpu::stream8(a.scales + (d + at * 16));
     }
   };
   static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
@@ -191,14 +195,14 @@ struct Q4_1 : Blocks<true> {
     uint4 q, d;  // d: scales of the two blocks, then minima
   };
   struct Cursor {
-    const u32 *q, *d;
+    u32 q, d;
     __device__ __forceinline__ void seek(const Args& a, u32 strip, u32 lane) {
-      q = a.quants + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
-      d = a.scales + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 32 + (lane >> 2) * 4;
+      q = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
+      d = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 32 + (lane >> 2) * 4;
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
-      tile.q = gpu::stream16(q + at * 128);
-      tile.d = gpu::stream16(d + at * 32);
+    __device__ __forceinline__ void load(Tile& tile, const Args& a, u32 at) const {
+      tile.q = gpu::stream16(a.quants + (q + at * 128));
+      tile.d = gpu::stream16(a.scales + (d + at * 32));
     }
   };
   static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
@@ -216,16 +220,16 @@ struct Q4_K : Blocks<true> {
     uint2 s, d;
   };
   struct Cursor {
-    const u32 *q, *s, *d;
+    u32 q, s, d;
     __device__ __forceinline__ void seek(const Args& a, u32 strip, u32 lane) {
-      q = a.quants + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
-      s = a.scales + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
-      d = a.supers + (size_t)strip * (a.inputs / 256) * 16 + (lane >> 2) * 2;
+      q = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
+      s = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
+      d = strip * (a.inputs / 256) * 16 + (lane >> 2) * 2;
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
-      tile.q = gpu::stream16(q + at * 128);
-      tile.s = gpu::stream8(s + at * 16);
-      tile.d = gpu::load8(d + at / 4 * 16);
+    __device__ __forceinline__ void load(Tile& tile, const Args& a, u32 at) const {
+      tile.q = gpu::stream16(a.quants + (q + at * 128));
+      tile.s = gpu::stream8(a.scales + (s + at * 16));
+      tile.d = gpu::load8(a.supers + (d + at / 4 * 16));
     }
   };
   static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
@@ -242,7 +246,7 @@ struct Q4_K : Blocks<true> {
 struct Q6_K {
   using Args = LinearQ6_K;
   static constexpr int BATCH = 2;
-  static constexpr bool MINIMA = false;
+  static constexpr bool MINIMA = false, STAGED = false, HALVES = true;
   struct Tile {
     uint4 q;
     uint2 high, s;
@@ -252,18 +256,18 @@ struct Q6_K {
     float d[2][2];  // [half of the block][i]
   };
   struct Cursor {
-    const u32 *q, *high, *s, *d;
+    u32 q, high, s, d;
     __device__ __forceinline__ void seek(const Args& a, u32 strip, u32 lane) {
-      q = a.quants + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
-      high = a.high + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 64 + lane * 2;
-      s = a.scales + (size_t)strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
-      d = a.supers + (size_t)strip * (a.inputs / 256) * 8 + (lane >> 2);
+      q = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 128 + lane * 4;
+      high = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 64 + lane * 2;
+      s = strip * ((a.inputs + TILE_IN - 1) / TILE_IN) * 16 + (lane >> 2) * 2;
+      d = strip * (a.inputs / 256) * 8 + (lane >> 2);
     }
-    __device__ __forceinline__ void load(Tile& tile, u32 at) const {
-      tile.q = gpu::stream16(q + at * 128);
-      tile.high = gpu::stream8(high + at * 64);
-      tile.s = gpu::stream8(s + at * 16);
-      tile.d = gpu::load4(d + at / 4 * 8);
+    __device__ __forceinline__ void load(Tile& tile, const Args& a, u32 at) const {
+      tile.q = gpu::stream16(a.quants + (q + at * 128));
+      tile.high = gpu::stream8(a.high + (high + at * 64));
+      tile.s = gpu::stream8(a.scales + (s + at * 16));
+      tile.d = gpu::load4(a.supers + (d + at / 4 * 8));
     }
   };
   static __device__ __forceinline__ uint4 load_x(const bf16_t* row, u32 block, u32 t, u32) {
