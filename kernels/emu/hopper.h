@@ -210,6 +210,10 @@ static inline void wgmma_wait(EMU_SITE) {
   }
   emu_wgmma_wait(N, f_, l_);
 }
+template <int N, int R>
+static inline void wgmma_wait(float (&)[R], EMU_SITE) {
+  wgmma_wait<N>(f_, l_);
+}
 // Registers are not counted here.
 template <int N>
 static inline void reg_alloc() {
