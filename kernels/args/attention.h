@@ -95,3 +95,9 @@ ARGS(Attention) {
 //       M = 16 while the longest segment's rows * group is at most 16; results do not depend on M, nor on stages.
 //       Scratch: parts and stats as in the contract. `chunk` decides the order of sums: fix it by the shape alone, not by rows.
 //   attend_merge     Attention       grid (up(rows * kv_heads * group * head_dim / 4, 128)), block 128; only when chunks > 1
+//
+//   prefill_64       Attention, head_dim 64, M = 128    and prefill_96, prefill_128 (M = 128), prefill_256 (M = 64)
+//       grid ((rows * group + segments * (M - 1)) / M, kv_heads), block 128
+//       shared memory 2 * (M + 128) * (head_dim + 8) + 8 * M bytes; no scratch, no merge: chunk, chunks and stages mean nothing.
+//       For passes of many rows, when the blocks of one wave suffice without splitting keys: rows * group >= 128, say. Sums are in
+//       another order than those of attend_* with several chunks.

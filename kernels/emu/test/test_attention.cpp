@@ -1,6 +1,7 @@
 // Attention and its cache against f64.
 #include "harness.h"
 #include "../../attention.cu"
+#include "../../attention_prefill.cu"
 #include "../../kv.cu"
 #include <memory>
 #include <string>
@@ -245,6 +246,20 @@ void run_attend(Pass& pass, const Spec& z, Array<float>& q, Array<bf16_t>& y, fl
     if (run) CHECK(!memcmp(before.data(), y.p, y.n * 2), "%s: schedule %d differs", name.c_str(), run);
   }
 }
+// What prefill_* makes of it.
+void run_prefill(Pass& pass, const Spec& z, Array<float>& q, Array<bf16_t>& y, float scale, u32 layer) {
+  const u32 segments = pass.seqs.size(), m = z.d == 256 ? 64 : 128;
+  Array<float> none(pass.rows * z.q_dim() + 2);
+  const Attention args{{pass.segs->p}, {q.p}, {y.p}, {none.p}, {none.p}, segments, pass.rows, layer, z.kv_heads, z.group, z.d,
+                       z.window, 64, 1, 1, scale};
+  const dim3 grid((pass.rows * z.group + segments * (m - 1)) / m, z.kv_heads);
+  test::launch3(("prefill_" + std::to_string(z.d)).c_str(), args, grid, 128, 2 * (m + 128) * (z.d + 8) + 8 * m, y);
+}
+std::vector<double> widen(const Array<bf16_t>& y) {
+  std::vector<double> v;
+  for (size_t i = 0; i < y.n; i++) v.push_back(gpu::to_f32(y.p[i]));
+  return v;
+}
 std::vector<int> bushy(u32 n, Rng& rng) {
   std::vector<int> p;
   for (u32 i = 0; i < n; i++) p.push_back(int(rng.bits() % (i + 1)) - 1);
@@ -281,10 +296,8 @@ TEST(attend) {
     const float scale = 1.3f / sqrtf(z.d);
     const Truth truth = specify(pass, z, q, scale, 1);
     run_attend(pass, z, q, y, scale, 1, t.m, t.chunk, t.stages, 0, true);
-    std::vector<double> got;
-    for (size_t i = 0; i < y.n; i++) got.push_back(gpu::to_f32(y[i]));
     const std::string what = entry(z.d, t.m) + " " + std::to_string(z.d) + "/" + std::to_string(rows);
-    test::close(what.c_str(), got, truth.want, truth.rough);
+    test::close(what.c_str(), widen(y), truth.want, truth.rough);
     // The same bits for any number of stages and chunks, and from the other entry point.
     for (u32 m : {16u, z.d == 256 ? 32u : 64u}) {
       Array<bf16_t> other(y.n);
@@ -316,5 +329,32 @@ TEST(attend_rows_are_independent) {
       run_attend(one, z, q1, y1, 0.2f, layer, 16, 64, 1);
       CHECK(!memcmp(y1.p, y.p + (3 + i) * z.q_dim(), y1.n * 2), "row %u differs alone, head size %u", i, z.d);
     }
+  }
+}
+
+TEST(prefill) {
+  Rng rng(5);
+  struct Trial { Spec z; std::vector<Seq> seqs; };
+  const std::vector<Trial> trials = {
+      {{1, 1, 64}, {chain(0, 150)}},
+      {{1, 3, 64, 50}, {chain(40, 61), chain(0, 70, MASK_FULL)}},
+      {{2, 2, 64}, {chain(100, 1), chain(3, 70), Seq{70, 65, MASK_TREE, 0, bushy(65, rng)}}},
+      {{1, 2, 96}, {chain(33, 40, MASK_BLOCKS, 16), chain(5, 2)}},
+      {{1, 4, 128}, {chain(20, 70)}},
+      {{1, 1, 256, 30}, {chain(10, 70)}},
+  };
+  for (const Trial& t : trials) {
+    const Spec& z = t.z;
+    u32 capacity = 0, rows = 0;
+    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.rows), rows += s.rows;
+    Pass pass(t.seqs, 1, z.kv_dim(), capacity + 1, rng);
+    stage_noise(pass, rng);
+    Array<float> q(rows * z.q_dim());
+    Array<bf16_t> y(rows * z.q_dim());
+    q.fill([&](size_t) { return rng.normal(); });
+    const float scale = 1.3f / sqrtf(z.d);
+    const Truth truth = specify(pass, z, q, scale, 0);
+    run_prefill(pass, z, q, y, scale, 0);
+    test::close(("prefill " + std::to_string(z.d)).c_str(), widen(y), truth.want, truth.rough);
   }
 }
