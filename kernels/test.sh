@@ -11,7 +11,7 @@ cxx=${CXX:-g++}
 names=("$@")
 ((${#names[@]})) || for f in "$here"/emu/test/test_*.cpp; do n=${f##*/test_}; names+=("${n%.cpp}"); done
 mkdir -p "$out"
-flags=(-std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -I"$here" -I"$here/emu")
+flags=(-std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -I"$here" -I"$here/emu")
 # The emulator is never built with -fsanitize: its hooks are weak symbols, the same objects serve all builds.
 emulator=()
 for f in "$here"/emu/emu*.cpp; do

@@ -3,6 +3,8 @@
 // A copy poisons its destination with NaN when it is issued and is made when somebody waits for it; the accumulators of a product
 // are NaN until they are waited for. These functions are compiled with the kernel, so that the sanitizers see what they touch.
 #pragma once
+#define GPU_HOPPER 1
+#define KERNEL_RESIDENT(name, Args, threads, blocks) KERNEL(name, Args, threads)
 
 struct alignas(64) EmuTensorMap {
   uint64_t magic;

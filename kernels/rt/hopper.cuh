@@ -1,6 +1,15 @@
 // What only Hopper has: mbarriers with transaction counts, the copy engine, warpgroup products. Part of hw.cuh; the CPU's bodies
-// are in emu/hopper.h. A kernel that uses these guards its body with `#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || GPU_EMU`.
+// are in emu/hopper.h. A kernel that uses these stands in a file of its own and guards its body with `#if GPU_HOPPER`: code for
+// sm_90a runs nowhere else.
 #pragma once
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GPU_HOPPER 1
+#else
+#define GPU_HOPPER 0
+#endif
+// KERNEL whose registers are capped so that `blocks` fit a multiprocessor: setmaxnreg wants to know.
+#define KERNEL_RESIDENT(name, Args, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
 namespace gpu {
 // A CUtensorMap, made on the host by cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {

@@ -38,7 +38,7 @@ inline int& failures() {
     if (!(cond)) {                                               \
       test::failures()++;                                        \
       printf("FAIL %s:%d %s: ", __FILE__, __LINE__, #cond);      \
-      printf("" __VA_ARGS__);                                    \
+      printf(" " __VA_ARGS__);                                   \
       printf("\n");                                              \
     }                                                            \
   } while (0)
