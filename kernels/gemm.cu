@@ -95,7 +95,7 @@ DEVICE void product(const typename F::Args& a) {
         GPU_UNROLL for (int m = 0; m < MT; m++)
           GPU_UNROLL for (int i = 0; i < 2; i++)
             now[m].w[0][i] = gpu::shared16(x + ROWS * TILE_IN + piece_at(warp_out + TILE_OUT * m + g + 8 * i, 4 * b + t));
-      GPU_UNROLL for (int m = 0; m < MT; m++) F::expand(f[m], scale[m], now[m], F::STAGED ? 0 : b);
+      GPU_UNROLL for (int m = 0; m < MT; m++) F::expand(f[m], scale[m], now[m], F::STAGED ? 0 : b, a.has_bias >> 1);
       if (b && at + 1 < tiles) load(at + 1);  // half a tile ahead: into the registers that are free now
       GPU_UNROLL for (int n = 0; n < NT; n++) {
         const uint4 v = x_of<F::HALVES>(x, warp_row + 8 * n + g, b, t);

@@ -89,6 +89,89 @@ ARGS(LinearQ6_K) {
   u32 has_bias;    // <= 1
 };
 
+// y = act(gate(x)) * up(x), two matrices of one format; act 0 is SiLU, 1 GELU in its tanh form.
+ARGS(LinearGlu) {
+  In<bf16_t> x;     // [rows, inputs] align 16
+  In<bf16_t> gate;  // [outputs, inputs] align 16
+  In<bf16_t> up;    // [outputs, inputs] align 16
+  Out<bf16_t> y;    // [rows, outputs] align 2
+  u32 rows;         // >= 1
+  u32 inputs;       // >= 8, % 8 == 0
+  u32 outputs;      // >= 1
+  u32 act;          // <= 1
+};
+
+ARGS(LinearGluQ8_0) {
+  In<bf16_t> x;         // [rows, inputs] align 16
+  In<u32> gate_quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 256] align 16
+  In<u32> gate_scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> up_quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, 256] align 16
+  In<u32> up_scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  Out<bf16_t> y;        // [rows, outputs] align 2
+  u32 rows;             // >= 1
+  u32 inputs;           // >= 32, % 32 == 0
+  u32 outputs;          // >= 1
+  u32 act;              // <= 1
+};
+
+ARGS(LinearGluQ4_0) {
+  In<bf16_t> x;         // [rows, inputs] align 16
+  In<u32> gate_quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> gate_scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> up_quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> up_scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  Out<bf16_t> y;        // [rows, outputs] align 2
+  u32 rows;             // >= 1
+  u32 inputs;           // >= 32, % 32 == 0
+  u32 outputs;          // >= 1
+  u32 act;              // <= 1
+};
+
+ARGS(LinearGluQ4_1) {
+  In<bf16_t> x;         // [rows, inputs] align 16
+  In<u32> gate_quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> gate_scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 32] align 16
+  In<u32> up_quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> up_scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, 32] align 16
+  Out<bf16_t> y;        // [rows, outputs] align 2
+  u32 rows;             // >= 1
+  u32 inputs;           // >= 32, % 32 == 0
+  u32 outputs;          // >= 1
+  u32 act;              // <= 1
+};
+
+ARGS(LinearGluQ4_K) {
+  In<bf16_t> x;         // [rows, inputs] align 16
+  In<u32> gate_quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> gate_scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> gate_supers;  // [(outputs + 15) / 16, inputs / 256, 16] align 8
+  In<u32> up_quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> up_scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> up_supers;    // [(outputs + 15) / 16, inputs / 256, 16] align 8
+  Out<bf16_t> y;        // [rows, outputs] align 2
+  u32 rows;             // >= 1
+  u32 inputs;           // >= 256, % 256 == 0
+  u32 outputs;          // >= 1
+  u32 act;              // <= 1
+};
+
+ARGS(LinearGluQ6_K) {
+  In<bf16_t> x;         // [rows, inputs] align 16
+  In<u32> gate_quants;  // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> gate_high;    // [(outputs + 15) / 16, (inputs + 63) / 64, 64] align 8
+  In<u32> gate_scales;  // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> gate_supers;  // [(outputs + 15) / 16, inputs / 256, 8] align 4
+  In<u32> up_quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, 128] align 16
+  In<u32> up_high;      // [(outputs + 15) / 16, (inputs + 63) / 64, 64] align 8
+  In<u32> up_scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, 16] align 8
+  In<u32> up_supers;    // [(outputs + 15) / 16, inputs / 256, 8] align 4
+  Out<bf16_t> y;        // [rows, outputs] align 2
+  u32 rows;             // >= 1
+  u32 inputs;           // >= 256, % 256 == 0
+  u32 outputs;          // >= 1
+  u32 act;              // <= 1
+};
+
 // Launches. Blocks of 256 threads. Every entry point takes any number of rows; the name of linear_* tells how many it serves with
 // one reading of the weights. The bits of y[r, o] are the same from all entry points of one weight format.
 //
@@ -97,9 +180,11 @@ ARGS(LinearQ6_K) {
 //   linear_FORMAT_16  (outputs + 31) / 32  (rows + 15) / 16       0                       9..16
 //   linear_FORMAT_32  (outputs + 31) / 32  (rows + 31) / 32       0                       17..32
 //   linear_FORMAT_64  (outputs + 31) / 32  (rows + 63) / 64       0                       33..64
+//   linear_glu_FORMAT_N  (outputs + 15) / 16, else as linear_FORMAT_N
 //   gemm_FORMAT_64    (rows + 63) / 64     (outputs + 63) / 64    32768, bf16 65536       more, where gemm_FORMAT_128 has few blocks
 //   gemm_FORMAT_128   (rows + 127) / 128   (outputs + 127) / 128  65536, bf16 98304       more
 //   linear_bf16_odd   (outputs + 15) / 16  (rows + 7) / 8         0                       LinearOdd: inputs % 8 != 0
 //
-// FORMAT and arguments: bf16 Linear, q8_0 LinearQ8_0, q4_0 LinearQ4_0, q4_1 LinearQ4_1, q4_k LinearQ4_K, q6_k LinearQ6_K.
+// FORMAT and arguments: bf16 Linear, q8_0 LinearQ8_0, q4_0 LinearQ4_0, q4_1 LinearQ4_1, q4_k LinearQ4_K, q6_k LinearQ6_K; LinearGlu...
+// alike. N is 8, 16, 32 or 64. linear_glu_* gives the bits of two products followed by glu (rows.h).
 // More than 48 KiB of dynamic shared memory must be asked for (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).

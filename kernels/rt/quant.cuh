@@ -46,6 +46,9 @@ DEVICE uint4 eight(const bf16_t* row, u32 k, u32 n) {
   return v;
 }
 
+// Of two registers, not of an array, which would have to lie in memory where the loop over blocks is not unrolled.
+DEVICE uint4 choose(int b, uint4 p, uint4 q) { return make_uint4(b ? q.x : p.x, b ? q.y : p.y, b ? q.z : p.z, b ? q.w : p.w); }
+
 // Sum of x over a block, by a product with ones: s[0] and s[1] for rows 2 t and 2 t + 1.
 DEVICE void sum_of_rows(float (&s)[4], uint4 x) {
   const u32 ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
@@ -57,6 +60,8 @@ DEVICE void sum_of_rows(float (&s)[4], uint4 x) {
 template <bool WHOLE, class A>
 struct Bf16 {
   using Args = A;
+  static __device__ __forceinline__ Args gate(const LinearGlu& a) { return {a.x, a.gate, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGlu& a) { return {a.x, a.up, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 2;        // tiles that a warp of gemv.cu loads at a time
   static constexpr bool MINIMA = false;  // sums of x enter
   static constexpr bool STAGED = true;   // gemm.cu brings the weights to shared memory
@@ -81,10 +86,11 @@ struct Bf16 {
   static __device__ __forceinline__ uint4 load_x(const bf16_t* row, u32 block, u32 t, u32 inputs) {
     return eight<WHOLE, false>(row, 32 * block + 8 * t, inputs);
   }
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale&, const Tile& tile, int b) {
-    const uint4 lo = tile.w[b][0], hi = tile.w[b][1];
-    f[0][0] = lo.x, f[0][1] = hi.x, f[0][2] = lo.y, f[0][3] = hi.y;
-    f[1][0] = lo.z, f[1][1] = hi.z, f[1][2] = lo.w, f[1][3] = hi.w;
+  // `zero` is 0, which the compiler cannot know: of plain copies it makes new ones for every instruction.
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale&, const Tile& tile, int b, u32 zero) {
+    const uint4 lo = choose(b, tile.w[0][0], tile.w[1][0]), hi = choose(b, tile.w[0][1], tile.w[1][1]);
+    f[0][0] = lo.x ^ zero, f[0][1] = hi.x ^ zero, f[0][2] = lo.y ^ zero, f[0][3] = hi.y ^ zero;
+    f[1][0] = lo.z ^ zero, f[1][1] = hi.z ^ zero, f[1][2] = lo.w ^ zero, f[1][3] = hi.w ^ zero;
   }
   static __device__ __forceinline__ void fold(float (&acc)[4], const u32 (&f)[2][4], const Scale&, uint4 x, const float (&)[4]) {
     gpu::mma_bf16(acc, f[0], x.x, x.y);
@@ -139,6 +145,8 @@ struct Blocks {
 
 struct Q8_0 : Blocks<false> {
   using Args = LinearQ8_0;
+  static __device__ __forceinline__ Args gate(const LinearGluQ8_0& a) { return {a.x, a.gate_quants, a.gate_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGluQ8_0& a) { return {a.x, a.up_quants, a.up_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 2;
   struct Tile {
     uint4 q[2];
@@ -155,8 +163,9 @@ struct Q8_0 : Blocks<false> {
       tile.d = gpu::stream8(a.scales + (d + at * 16));
     }
   };
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
-    const u32 w[2][2] = {{tile.q[b].x, tile.q[b].y}, {tile.q[b].z, tile.q[b].w}};
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b, u32) {
+    const uint4 q = choose(b, tile.q[0], tile.q[1]);
+    const u32 w[2][2] = {{q.x, q.y}, {q.z, q.w}};
     FRAGMENT(f, bytes(w[i][j >> 1], j & 1));
     const u32 d = b ? tile.d.y : tile.d.x;
     s.d[0] = gpu::f16_low(d), s.d[1] = gpu::f16_high(d);
@@ -165,6 +174,8 @@ struct Q8_0 : Blocks<false> {
 
 struct Q4_0 : Blocks<false> {
   using Args = LinearQ4_0;
+  static __device__ __forceinline__ Args gate(const LinearGluQ4_0& a) { return {a.x, a.gate_quants, a.gate_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGluQ4_0& a) { return {a.x, a.up_quants, a.up_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 4;
   struct Tile {
     uint4 q;
@@ -181,7 +192,7 @@ struct Q4_0 : Blocks<false> {
       tile.d = gpu::stream8(a.scales + (d + at * 16));
     }
   };
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b, u32) {
     const u32 w[2] = {b ? tile.q.z : tile.q.x, b ? tile.q.w : tile.q.y}, d = b ? tile.d.y : tile.d.x;
     FRAGMENT(f, nibbles<8>(w[i], j));
     s.d[0] = gpu::f16_low(d), s.d[1] = gpu::f16_high(d);
@@ -190,6 +201,8 @@ struct Q4_0 : Blocks<false> {
 
 struct Q4_1 : Blocks<true> {
   using Args = LinearQ4_1;
+  static __device__ __forceinline__ Args gate(const LinearGluQ4_1& a) { return {a.x, a.gate_quants, a.gate_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGluQ4_1& a) { return {a.x, a.up_quants, a.up_scales, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 4;
   struct Tile {
     uint4 q, d;  // d: scales of the two blocks, then minima
@@ -205,7 +218,7 @@ struct Q4_1 : Blocks<true> {
       tile.d = gpu::stream16(a.scales + (d + at * 32));
     }
   };
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b, u32) {
     const u32 w[2] = {b ? tile.q.z : tile.q.x, b ? tile.q.w : tile.q.y}, d = b ? tile.d.y : tile.d.x, m = b ? tile.d.w : tile.d.z;
     FRAGMENT(f, nibbles<0>(w[i], j));
     s.d[0] = gpu::f16_low(d), s.d[1] = gpu::f16_high(d), s.m[0] = gpu::f16_low(m), s.m[1] = gpu::f16_high(m);
@@ -214,6 +227,8 @@ struct Q4_1 : Blocks<true> {
 
 struct Q4_K : Blocks<true> {
   using Args = LinearQ4_K;
+  static __device__ __forceinline__ Args gate(const LinearGluQ4_K& a) { return {a.x, a.gate_quants, a.gate_scales, a.gate_supers, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGluQ4_K& a) { return {a.x, a.up_quants, a.up_scales, a.up_supers, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 4;
   struct Tile {
     uint4 q;
@@ -232,7 +247,7 @@ struct Q4_K : Blocks<true> {
       tile.d = gpu::load8(a.supers + (d + at / 4 * 16));
     }
   };
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b, u32) {
     const u32 w[2] = {b ? tile.q.z : tile.q.x, b ? tile.q.w : tile.q.y}, sub[2] = {tile.s.x >> (8 * b), tile.s.y >> (8 * b)};
     const u32 d[2] = {tile.d.x, tile.d.y};
     FRAGMENT(f, nibbles<0>(w[i], j));
@@ -245,6 +260,8 @@ struct Q4_K : Blocks<true> {
 
 struct Q6_K {
   using Args = LinearQ6_K;
+  static __device__ __forceinline__ Args gate(const LinearGluQ6_K& a) { return {a.x, a.gate_quants, a.gate_high, a.gate_scales, a.gate_supers, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
+  static __device__ __forceinline__ Args up(const LinearGluQ6_K& a) { return {a.x, a.up_quants, a.up_high, a.up_scales, a.up_supers, {}, {}, a.rows, a.inputs, a.outputs, 0}; }
   static constexpr int BATCH = 2;
   static constexpr bool MINIMA = false, STAGED = false, HALVES = true;
   struct Tile {
@@ -274,7 +291,7 @@ struct Q6_K {
     const uint2 a = gpu::load8(row + 32 * block + 4 * t), b = gpu::load8(row + 32 * block + 16 + 4 * t);
     return make_uint4(a.x, a.y, b.x, b.y);
   }
-  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b) {
+  static __device__ __forceinline__ void expand(u32 (&f)[2][4], Scale& s, const Tile& tile, int b, u32) {
     const u32 w[2] = {b ? tile.q.z : tile.q.x, b ? tile.q.w : tile.q.y}, high[2] = {tile.high.x, tile.high.y};
     // Two bits from 8 b + 2 j to 4.
     const auto above = [&](int i, int j) {

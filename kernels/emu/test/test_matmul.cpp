@@ -13,6 +13,9 @@ namespace {
 struct Weights {
   u32 outputs, inputs;
   std::vector<float> wide;  // [outputs, inputs]
+  // On the device.
+  const bf16_t* w;
+  const u32 *quants, *high, *scales, *supers;
   std::function<void(const struct Entry& e, const bf16_t* x, const float* bias, Array<float>& y, u32 rows, bool thrice)> launch;
 };
 // An entry point: outputs and rows of a block, dynamic shared memory.
@@ -79,12 +82,12 @@ void check(const Weights& w, const std::vector<Entry>& entries, const std::vecto
 }
 
 template <class Args>
-Weights plain(u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep) {
+Weights plain(u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep, u32 seed = 0) {
   auto w = std::make_shared<Array<bf16_t>>(size_t(outputs) * inputs);
   keep.push_back(w);
-  test::Rng rng(outputs * 7 + inputs);
+  test::Rng rng(outputs * 7 + inputs + seed * 1000);
   w->fill([&](size_t) { return gpu::to_bf16(rng.normal() / 8); });
-  Weights out{outputs, inputs, {}, {}};
+  Weights out{outputs, inputs, {}, w->p, {}, {}, {}, {}, {}};
   for (size_t i = 0; i < w->n; i++) out.wide.push_back(gpu::to_f32((*w)[i]));
   bf16_t* p = w->p;
   out.launch = [=](const Entry& e, const bf16_t* x, const float* bias, Array<float>& y, u32 rows, bool thrice) {
@@ -174,8 +177,8 @@ Array<u32>* upload(const std::vector<u32>& v, std::vector<std::shared_ptr<void>>
   return a.get();
 }
 
-Weights blocks(Format f, u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep) {
-  test::Rng rng(outputs * 5 + inputs + f);
+Weights blocks(Format f, u32 outputs, u32 inputs, std::vector<std::shared_ptr<void>>& keep, u32 seed = 0) {
+  test::Rng rng(outputs * 5 + inputs + f + seed * 1000);
   const u32 nb = (inputs + 31) / 32, ns = (inputs + 255) / 256;
   const bool k = f >= F4_K;
   // Halves between 2^-8 and 2^-5, of either sign.
@@ -191,7 +194,7 @@ Weights blocks(Format f, u32 outputs, u32 inputs, std::vector<std::shared_ptr<vo
             [&](u32 o, u32 b, int w) { return h[(size_t(o) * nb + b) * 2 + w]; },
             [&](u32 o, u32 b, int w) { return s[(size_t(o) * nb + b) * 2 + w]; },
             [&](u32 o, u32 b, int w) { return super[(size_t(o) * ns + b) * 2 + w]; }};
-  Weights w{outputs, inputs, {}, {}};
+  Weights w{outputs, inputs, {}, {}, {}, {}, {}, {}, {}};
   for (u32 o = 0; o < outputs; o++)
     for (u32 i = 0; i < inputs; i++) {
       const float v = float(ints.q(o, i)), d = gpu::f16_low(k ? ints.supers(o, i / 256, 0) : ints.halves(o, i / 32, 0));
@@ -206,6 +209,7 @@ Weights blocks(Format f, u32 outputs, u32 inputs, std::vector<std::shared_ptr<vo
   const Planes p = pack(f, ints);
   const u32 *quants = upload(p.quants, keep)->p, *high = upload(p.high, keep)->p, *scales = upload(p.scales, keep)->p,
             *supers = upload(p.supers, keep)->p;
+  w.quants = quants, w.high = high, w.scales = scales, w.supers = supers;
   w.launch = [=](const Entry& e, const bf16_t* x, const float* b, Array<float>& y, u32 rows, bool thrice) {
     const u32 has = b != nullptr;
     if (f == F8_0) run(e, LinearQ8_0{{x}, {quants}, {scales}, {b}, {y.p}, rows, inputs, outputs, has}, y, thrice);
@@ -256,3 +260,50 @@ TEST(linear_q4_0) { check_blocks(F4_0, "q4_0", {{33, 96}, {17, 576}, {1, 32}, {1
 TEST(linear_q4_1) { check_blocks(F4_1, "q4_1", {{33, 96}, {17, 576}, {1, 32}, {16, 1056}}); }
 TEST(linear_q4_k) { check_blocks(F4_K, "q4_k", {{33, 256}, {17, 768}, {1, 512}}); }
 TEST(linear_q6_k) { check_blocks(F6_K, "q6_k", {{33, 256}, {17, 768}, {1, 512}}); }
+
+// The fused unit must give the bits of two products and the unit of their results. `other` differs from `gate` in its values only.
+template <class Args>
+void check_glu(const std::string& format, u32 outputs, u32 inputs, const std::function<Weights(u32)>& make,
+               const std::function<Args(const Weights&, const Weights&)>& args) {
+  const Weights gate = make(0), up = make(1);
+  test::Rng rng(inputs);
+  for (u32 act : {0u, 1u})
+    for (Entry e : entries(format)) {
+      if (e.gemm()) continue;
+      const u32 rows = e.rows == 8 ? 9 : 5;
+      Array<bf16_t> x(rows * inputs), want(rows * outputs), got(rows * outputs);
+      Array<float> g(rows * outputs), u(rows * outputs);
+      x.fill([&](size_t) { return gpu::to_bf16(rng.normal()); });
+      gate.launch(e, x.p, nullptr, g, rows, false);
+      up.launch(e, x.p, nullptr, u, rows, false);
+      want.fill([&](size_t i) { return gpu::to_bf16(activate(act, g[i]) * u[i]); });
+      Args a = args(gate, up);
+      a.x = {x.p}, a.y = {got.p}, a.rows = rows, a.inputs = inputs, a.outputs = outputs, a.act = act;
+      const std::string name = "linear_glu_" + e.name.substr(7);
+      const dim3 grid((outputs + 15) / 16, (rows + e.rows - 1) / e.rows);
+      if (e.rows == 8) test::launch3(name.c_str(), a, grid, 256, 0, got);
+      else test::launch(name.c_str(), a, grid, 256, 0, 7);
+      CHECK(!memcmp(want.p, got.p, want.n * sizeof(bf16_t)), "%s: not the bits of two products and glu", name.c_str());
+    }
+}
+TEST(linear_glu) {
+  std::vector<std::shared_ptr<void>> keep;
+  const auto of = [&](Format f, u32 n) { return [=, &keep](u32 k) { return blocks(f, 21, n, keep, k); }; };
+  check_glu<LinearGlu>("bf16", 21, 136, [&](u32 k) { return plain<Linear>(21, 136, keep, k); },
+                       [](const Weights& g, const Weights& u) { return LinearGlu{{}, {g.w}, {u.w}, {}, 0, 0, 0, 0}; });
+  check_glu<LinearGluQ8_0>("q8_0", 21, 96, of(F8_0, 96), [](const Weights& g, const Weights& u) {
+    return LinearGluQ8_0{{}, {g.quants}, {g.scales}, {u.quants}, {u.scales}, {}, 0, 0, 0, 0};
+  });
+  check_glu<LinearGluQ4_0>("q4_0", 21, 96, of(F4_0, 96), [](const Weights& g, const Weights& u) {
+    return LinearGluQ4_0{{}, {g.quants}, {g.scales}, {u.quants}, {u.scales}, {}, 0, 0, 0, 0};
+  });
+  check_glu<LinearGluQ4_1>("q4_1", 21, 96, of(F4_1, 96), [](const Weights& g, const Weights& u) {
+    return LinearGluQ4_1{{}, {g.quants}, {g.scales}, {u.quants}, {u.scales}, {}, 0, 0, 0, 0};
+  });
+  check_glu<LinearGluQ4_K>("q4_k", 21, 256, of(F4_K, 256), [](const Weights& g, const Weights& u) {
+    return LinearGluQ4_K{{}, {g.quants}, {g.scales}, {g.supers}, {u.quants}, {u.scales}, {u.supers}, {}, 0, 0, 0, 0};
+  });
+  check_glu<LinearGluQ6_K>("q6_k", 21, 256, of(F6_K, 256), [](const Weights& g, const Weights& u) {
+    return LinearGluQ6_K{{}, {g.quants}, {g.high}, {g.scales}, {g.supers}, {u.quants}, {u.high}, {u.scales}, {u.supers}, {}, 0, 0, 0, 0};
+  });
+}
