@@ -92,7 +92,7 @@ void emu_mbar_arrive(void* at, unsigned arrivals, unsigned tx, const char* file,
   Block& b = *me().block;
   Mbarrier& m = mbarrier(at, file, line);
   if (arrivals > m.pending) emu_fail("more arrivals at an mbarrier than its count", file, line);
-  release(&m);
+  release(&m.sync[m.phase & 1]);
   m.tx += tx;
   if (m.tx >= 1 << 20) emu_fail("mbarrier: more than 2^20 - 1 bytes expected", file, line);
   m.pending -= arrivals;
@@ -106,17 +106,17 @@ int emu_mbar_wait(void* at, unsigned parity, int block, EmuCopy* next, const cha
   Mbarrier& m = mbarrier(at, file, line);
   if (m.handed) {  // the caller made the copy that it was handed
     m.tx -= m.handed, m.handed = 0;
-    release(&m);
+    release(&m.sync[m.phase & 1]);
     settle(b, m);
   }
   for (;;) {
     if ((m.phase & 1) != (parity & 1)) {
-      acquire(&m);
+      acquire(&m.sync[parity & 1]);
       S->shuffle();
       return EMU_MBAR_DONE;
     }
     if (only_copies_missing(m)) {
-      acquire(&m);
+      acquire(&m.sync[m.phase & 1]);
       *next = m.copies.front();
       m.copies.pop_front();
       m.handed = next->bytes;
@@ -154,7 +154,7 @@ void emu_copy_issue(void* at, const EmuCopy* copy, const char* file, int line) {
     emu_fail("bulk copy: addresses and size must be multiples of 16", file, line);
   }
   S->stats.bulk_bytes += copy->bytes;
-  release(&m);
+  release(&m.sync[m.phase & 1]);
   m.copies.push_back(*copy);
   settle(b, m);
 }

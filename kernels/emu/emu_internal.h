@@ -139,7 +139,8 @@ struct Warp {
   alignas(64) uint32_t in[32][16] = {};
   alignas(64) uint32_t out[32][4] = {};
   const void* wide[32] = {};            // operands too large for `in`
-  char sync = 0;                        // TSan token of __syncwarp
+  char sync[32][2] = {};                // TSan tokens of __syncwarp, by the lowest lane of the mask and by turns
+  uint8_t turn[32] = {};
 };
 
 struct Mbarrier {
@@ -147,12 +148,13 @@ struct Mbarrier {
   unsigned count = 0, pending = 0, phase = 0;
   int64_t tx = 0;                       // bytes expected and not yet arrived
   uint32_t handed = 0;                  // bytes of the copy that a waiter is making
+  char sync[2] = {};                    // TSan tokens, by parity
   bool fenced = false;                  // made visible to the copy engine since init
   List<EmuCopy> copies;                 // issued, made when somebody waits
 };
 
 constexpr size_t ARENA = 256 << 10;     // shared memory of a block, and room for redzones
-constexpr int TOKENS = 18;              // TSan tokens of a block: named barriers 1..15, __syncthreads, start
+constexpr int TOKENS = 33;              // TSan tokens of a block: two for each barrier (0 is __syncthreads), start
 
 struct Block {
   struct Site {
@@ -174,8 +176,11 @@ struct Block {
   std::bitset<ARENA / 16> by_copy;      // 16-byte pieces that the copy engine wrote
   unsigned proxy_fences = 0;
   std::vector<List<Product>> products;  // by warpgroup
-  void* barrier_token() { return sync + 16; }
-  void* start_token() { return sync + 17; }
+  uint8_t turn[16] = {};                // by barrier
+  // A barrier takes two tokens by turns. With one, a thread that leaves late would also acquire what a fast one released at the
+  // same barrier's next turn, and races between the two turns would go unseen.
+  void* barrier_token(int id) { return sync + id * 2 + turn[id]; }
+  void* start_token() { return sync + 32; }
 };
 
 struct Scheduler {

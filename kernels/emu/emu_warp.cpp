@@ -23,17 +23,19 @@ static void named_barrier(int id, int count, bool wait, const char* file, int li
   if (id < 1 || id > 15 || count % 32 || count <= 0) emu_fail("named barrier: id 1..15 and a multiple of 32 threads", file, line);
   Block::Named& at = b.named[id];
   if (at.arrived && at.count != count) emu_fail("named barrier: threads disagree about its count", file, line);
-  release(b.sync + id);
+  void* token = b.barrier_token(id);
+  release(token);
   at.count = count;
   f.barrier = id;
   if (++at.arrived == count) {
     at.arrived = 0;
+    b.turn[id] ^= 1;
     wake(*S, b, Wait::Named, id);
     if (S->rng) S->schedule();
   } else if (wait) {
     S->sleep(Wait::Named, file, line);
   }
-  if (wait) acquire(b.sync + id);
+  if (wait) acquire(token);
 }
 
 // ---- shuffles ----
@@ -126,40 +128,47 @@ void emu_syncthreads(const char* file, int line) {
   Block& b = *me().block;
   S->stats.barriers++;
   if (b.live < b.n) emu_fail("__syncthreads after some threads of the block exited", file, line);
-  release(b.barrier_token());
+  void* token = b.barrier_token(0);
+  release(token);
   if (++b.at_barrier == b.live) {
     b.at_barrier = 0;
+    b.turn[0] ^= 1;
     wake(*S, b, Wait::Block, 0);
     if (S->rng) S->schedule();
   } else {
     S->sleep(Wait::Block, file, line);
   }
-  acquire(b.barrier_token());
+  acquire(token);
 }
 void emu_named_barrier(int id, int count, const char* file, int line) { named_barrier(id, count, true, file, line); }
 void emu_named_arrive(int id, int count, const char* file, int line) { named_barrier(id, count, false, file, line); }
 
 void emu_grid_sync(const char* file, int line) {
-  static char token;
+  static char tokens[2];
+  static thread_local unsigned turn = 0;
   Scheduler& s = *S;
   if (!s.cooperative) emu_fail("grid_sync in a launch that is not cooperative", file, line);
   if (s.live < s.n) emu_fail("grid_sync after some threads of the grid exited", file, line);
-  release(&token);
+  char* token = &tokens[turn];
+  release(token);
   if (++s.at_grid == s.n) {
     s.at_grid = 0;
+    turn ^= 1;
     for (unsigned b = 0; b < s.resident; b++) wake(s, *s.blocks[b], Wait::Grid, 0);
     if (s.rng) s.schedule();
   } else {
     s.sleep(Wait::Grid, file, line);
   }
-  acquire(&token);
+  acquire(token);
 }
 
 void emu_syncwarp(unsigned mask, const char* file, int line) {
   Warp& w = my_warp();
-  release(&w.sync);
-  rendezvous(SyncWarp, mask, file, line, [](Warp&, unsigned) {});
-  acquire(&w.sync);
+  const int first = __builtin_ctz(mask ? mask : 1);
+  char* token = &w.sync[first][w.turn[first]];
+  release(token);
+  rendezvous(SyncWarp, mask, file, line, [first](Warp& w, unsigned) { w.turn[first] ^= 1; });
+  acquire(token);
 }
 
 uint64_t emu_shfl(unsigned mask, uint64_t v, int arg, int width, int mode, const char* file, int line) {
