@@ -55,9 +55,60 @@ ARGS(Distribution) {
   u32 vocab;         // >= 1, <= 1048576
 };
 
-// Launches, a block for each row.
+// The nodes of a sequence's tree among those of the pass. Node 0 of a tree is the sequence's last token; parents come first.
+RECORD(Tree) {
+  u32 first;
+  u32 nodes;  // at least 1
+};
+
+// Follows the target's picks down the trees. `path` begins with node 0: staged rows to keep, as KvCommitBatch takes them.
+ARGS(VerifyWalk) {
+  In<Tree> trees;    // [sequences]
+  In<u32> tokens;    // [nodes]
+  In<u32> parents;   // [nodes] - numbered in the tree; that of node 0 is not read
+  In<u32> picks;     // [nodes] - the target's token behind a node: its best, or a draw
+  Out<u32> path;     // [sequences, stride]
+  Out<u32> counts;   // [sequences] - nodes kept, node 0 included
+  Out<u32> next;     // [sequences] - the token behind the last of them
+  u32 sequences;     // >= 1
+  u32 nodes;         // >= 1
+  u32 stride;        // >= 1 - most nodes to keep
+};
+
+// A sequence's random numbers: decision i (a child tested, or the last draw) takes counter + i. There are at most `nodes`.
+RECORD(Chance) {
+  u64 seed;
+  u64 stream;
+  u64 counter;
+};
+
+// Speculative sampling from chains and from trees whose siblings were drawn without replacement, in the order of their numbers.
+ARGS(VerifySiblings) {
+  In<Tree> trees;       // [sequences]
+  In<u32> tokens;       // [nodes] - below vocab
+  In<u32> parents;      // [nodes] - numbered in the tree; that of node 0 is not read
+  In<u32> drafts;       // [nodes] - for a node with children: the row of q that they were drawn from
+  In<float> p;          // [nodes, vocab] align 16 - the target's distribution behind each node
+  In<float> q;          // [drafted, vocab] align 16
+  In<Chance> chances;   // [sequences]
+  Out<u32> path;        // [sequences, stride]
+  Out<u32> counts;      // [sequences]
+  Out<u32> next;        // [sequences]
+  u32 sequences;        // >= 1
+  u32 nodes;            // >= 1
+  u32 drafted;          // >= 1
+  u32 vocab;            // >= 1, <= 1048576
+  u32 stride;           // >= 1
+};
+
+// Launches.
 //
-//   logits_stats   LogitsStats    grid (rows), block 1024
-//   top_k          TopK           grid (rows), block 1024
-//   sample         Sample         grid (rows), block 1024
-//   distribution   Distribution   grid (rows), block 1024
+//   logits_stats      LogitsStats      grid (rows), block 1024
+//   top_k             TopK             grid (rows), block 1024
+//   sample            Sample           grid (rows), block 1024
+//   distribution      Distribution     grid (rows), block 1024
+//   verify_walk       VerifyWalk       grid (up(sequences, 4)), block 128
+//   verify_siblings   VerifySiblings   grid (sequences), block 512
+//
+// No dynamic shared memory and no scratch. The blocks of 1024 and 512 may be any power of two from 32 threads; results are the same bits,
+// but for the last ones of lse and entropy, and for tokens drawn, which depend on the number of threads.

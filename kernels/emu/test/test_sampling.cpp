@@ -2,6 +2,7 @@
 #include "harness.h"
 #include "../../logits.cu"
 #include "../../sample.cu"
+#include "../../verify.cu"
 #include <algorithm>
 #include <array>
 #include <map>
@@ -180,4 +181,183 @@ TEST(sample) {
   Array<u32> t(4);
   test::launch3("sample", Sample{{y.p}, {e.p}, {t.p}, 4, longer}, 4, 1024, 0, t);
   CHECK(t[0] < longer && t[1] == order(y.p + longer, longer)[0] && t[2] == NO_TOKEN && t[3] == NO_TOKEN, "%u %u %u %u", t[0], t[1], t[2], t[3]);
+}
+
+TEST(verify_walk) {
+  Rng rng(8);
+  const u32 sequences = 37, vocab = 3, stride = 9;
+  std::vector<u32> tokens, parents, picks;
+  Array<Tree> trees(sequences);
+  for (u32 s = 0; s < sequences; s++) {
+    const u32 n = s == 0 ? 1 : s < 4 ? 128 : 1 + rng.bits() % 70;
+    trees[s] = Tree{u32(tokens.size()), n};
+    for (u32 i = 0; i < n; i++) {
+      parents.push_back(i == 0 ? ~0u : s == 3 ? i - 1 : rng.bits() % 3 ? rng.bits() % i : i - 1);
+      tokens.push_back(s == 3 ? 1 : rng.bits() % vocab);
+      picks.push_back(s == 3 ? 1 : rng.bits() % vocab);
+    }
+  }
+  const u32 nodes = tokens.size();
+  Array<u32> t(nodes), p(nodes), k(nodes), path(sequences * stride), counts(sequences), next(sequences);
+  for (u32 i = 0; i < nodes; i++) t[i] = tokens[i], p[i] = parents[i], k[i] = picks[i];
+  test::launch3("verify_walk", VerifyWalk{{trees.p}, {t.p}, {p.p}, {k.p}, {path.p}, {counts.p}, {next.p}, sequences, nodes, stride}, (sequences + 3) / 4, 128, 0, path);
+  for (u32 s = 0; s < sequences; s++) {
+    const u32 f = trees[s].first;
+    u32 at = 0, kept = 1;
+    CHECK(path[s * stride] == 0, "sequence %u begins elsewhere", s);
+    for (bool more = true; more && kept < stride;) {
+      more = false;
+      for (u32 c = at + 1; c < trees[s].nodes && !more; c++)
+        if (p[f + c] == at && t[f + c] == k[f + at]) {
+          CHECK(path[s * stride + kept] == c, "sequence %u, place %u", s, kept);
+          at = c, kept++, more = true;
+        }
+    }
+    CHECK(counts[s] == kept && next[s] == k[f + at], "sequence %u: %u kept, then %u", s, counts[s], next[s]);
+  }
+}
+
+// Verification with every decision's random number from a table, by whose address `chances` goes astray.
+KERNEL(siblings_probe, VerifySiblings, 512) {
+  const Chance c = a.chances[blockIdx.x];
+  verify::siblings(a, [&](u32 i) { return reinterpret_cast<const u64*>(c.seed)[i]; });
+}
+
+namespace {
+using Law = std::vector<double>;
+// What siblings_probe makes of one tree shape: the law of the first two tokens, if children are drawn from q without replacement
+// and every decision's number runs through an even grid. Acceptances and residuals of these p and q are fractions that the grids
+// hold exactly, so the law must come out exact.
+struct Exact {
+  static constexpr u32 V = 4;
+  const u32 grid[3];
+  std::vector<Law> p, q;  // behind the root (0), and behind token x (x + 1)
+
+  // For each pair of first tokens. `shape` 0: a chain of two; 1: two siblings.
+  Law joint(int shape) const {
+    std::vector<double> weight;
+    std::vector<std::array<u32, 2>> children;
+    for (u32 x = 0; x < V; x++)
+      for (u32 y = 0; y < V; y++) {
+        const double w = shape ? (x == y ? 0 : q[0][x] * q[0][y] / (1 - q[0][x])) : q[0][x] * q[x + 1][y];
+        if (w > 0) children.push_back({x, y}), weight.push_back(w);
+      }
+    const u32 draws = grid[0] * grid[1] * grid[2], n = children.size() * draws;
+    Array<Tree> trees(n);
+    Array<u32> tokens(3 * n), parents(3 * n), drafts(3 * n), path(3 * n), counts(n), next(n);
+    Array<float> pp(3 * n * V), qq((V + 1) * V);
+    Array<u64> random(3 * n);
+    Array<Chance> chances(n);
+    for (u32 i = 0; i < (V + 1) * V; i++) qq[i] = float(q[i / V][i % V]);
+    for (u32 s = 0; s < n; s++) {
+      const auto [x, y] = children[s / draws];
+      trees[s] = Tree{3 * s, 3};
+      chances[s] = Chance{u64(random.p + 3 * s), 0, 0};
+      const u32 token[3] = {0, x, y}, row[3] = {0, x + 1, y + 1}, parent[3] = {~0u, 0, shape ? 0u : 1u};
+      for (u32 i = 0, k = s % draws; i < 3; k /= grid[i], i++) {
+        tokens[3 * s + i] = token[i], parents[3 * s + i] = parent[i], drafts[3 * s + i] = row[i];
+        for (u32 v = 0; v < V; v++) pp[(3 * s + i) * V + v] = float(p[row[i]][v]);
+        random[3 * s + i] = u64((k % grid[i] + 0.5) / grid[i] * 18446744073709551616.0);
+      }
+    }
+    const VerifySiblings args{{trees.p}, {tokens.p}, {parents.p}, {drafts.p}, {pp.p}, {qq.p}, {chances.p}, {path.p}, {counts.p}, {next.p},
+                              n, 3 * n, V + 1, V, 3};
+    test::launch("siblings_probe", args, n, 32);
+    Law law(V * V, 0);
+    for (u32 s = 0; s < n; s++) {
+      const double w = weight[s / draws] / draws;
+      std::vector<u32> out;
+      for (u32 i = 1; i < counts[s]; i++) out.push_back(tokens[3 * s + path[3 * s + i]]);
+      out.push_back(next[s]);
+      for (u32 v = 0; v < V; v++)
+        if (out.size() > 1 ? out[1] == v : true) law[out[0] * V + v] += out.size() > 1 ? w : w * p[out[0] + 1][v];
+    }
+    return law;
+  }
+  void check(const char* what, int shape) const {
+    const Law law = joint(shape);
+    for (u32 x = 0; x < V; x++)
+      for (u32 y = 0; y < V; y++)
+        CHECK(fabs(law[x * V + y] - p[0][x] * p[x + 1][y]) < 1e-6, "%s: tokens %u %u come with %.9g, not %.9g", what, x, y,
+              law[x * V + y], p[0][x] * p[x + 1][y]);
+  }
+};
+}  // namespace
+
+TEST(verify_siblings_is_exact) {
+  const Law p = {1 / 12., 2 / 12., 3 / 12., 6 / 12.}, q = {4 / 12., 4 / 12., 2 / 12., 2 / 12.};
+  const Law p2 = {6 / 12., 1 / 12., 3 / 12., 2 / 12.}, q2 = {2 / 12., 4 / 12., 2 / 12., 4 / 12.};
+  const Law even = {0.2, 0.2, 0.4, 0.2}, none = {0, 0.6, 0.4, 0};
+  // A chain: acceptances 1/4, 1/2, 1, at both places; residuals in fifths. What comes behind two accepted tokens is not looked at.
+  Exact{{4, 20, 5}, {p, p, p2, p, p2}, {q, q, q2, q, q2}}.check("chain", 0);
+  // Siblings: second acceptances 4/5, then residuals of one token.
+  Exact{{4, 5, 5}, {p, even, even, none, even}, {q, q, q, q, q}}.check("siblings", 1);
+  Exact{{4, 5, 5}, {p2, none, even, none, even}, {q2, q, q, q, q}}.check("other siblings", 1);
+  // p = q: the first child always stands.
+  Exact{{3, 5, 1}, {q, even, even, even, even}, {q, q, q, q, q}}.check("equal", 1);
+}
+
+// Larger vocabularies, more siblings than lanes see at once, real random numbers: against the same rule in f64.
+TEST(verify_siblings_follows_the_rule) {
+  const u32 sequences = 24, V = 203, nodes_each = 40, n = sequences * nodes_each, stride = 12;
+  Rng rng(12);
+  Array<Tree> trees(sequences);
+  Array<u32> tokens(n), parents(n), drafts(n), path(sequences * stride), counts(sequences), next(sequences);
+  Array<float> p(n * V), q(n * V);
+  Array<Chance> chances(sequences);
+  for (u32 r = 0; r < n; r++) {
+    double sp = 0, sq = 0;
+    std::vector<double> a(V), b(V);
+    for (u32 v = 0; v < V; v++) {
+      const double x = rng.normal();
+      a[v] = exp(2 * x), b[v] = exp(2 * x + rng.normal());
+      sp += a[v], sq += b[v];
+    }
+    for (u32 v = 0; v < V; v++) p[r * V + v] = float(a[v] / sp), q[r * V + v] = float(b[v] / sq);
+    drafts[r] = r;
+  }
+  auto draw = [&](const float* w, std::vector<u32> without) {
+    double sum = 0, at = 0;
+    auto weight = [&](u32 v) { return std::count(without.begin(), without.end(), v) ? 0. : double(w[v]); };
+    for (u32 v = 0; v < V; v++) sum += weight(v);
+    const double u = rng.uniform() * sum;
+    for (u32 v = 0; v < V; v++)
+      if ((at += weight(v)) > u) return v;
+    return 0u;
+  };
+  for (u32 s = 0; s < sequences; s++) {
+    trees[s] = Tree{s * nodes_each, nodes_each};
+    chances[s] = Chance{5, s, 1000};
+    std::map<u32, std::vector<u32>> drawn;
+    for (u32 i = 0; i < nodes_each; i++) {
+      const u32 at = s * nodes_each + i, parent = i ? rng.bits() % min(i, 4u) : ~0u;
+      parents[at] = parent, tokens[at] = 0;
+      if (i) drawn[parent].push_back(tokens[at] = draw(q.p + (s * nodes_each + parent) * V, drawn[parent]));
+    }
+  }
+  const VerifySiblings args{{trees.p}, {tokens.p}, {parents.p}, {drafts.p}, {p.p}, {q.p}, {chances.p}, {path.p}, {counts.p}, {next.p},
+                            sequences, n, n, V, stride};
+  test::launch3("verify_siblings", args, sequences, 64, 0, path);
+  for (u32 s = 0; s < sequences; s++) {
+    const u32 f = trees[s].first;
+    u32 at = 0, kept = 1, decisions = 0;
+    for (bool more = true; more;) {
+      more = false;
+      std::vector<double> pp(p.p + (f + at) * V, p.p + (f + at + 1) * V), qq(q.p + (f + at) * V, q.p + (f + at + 1) * V);
+      for (u32 c = at + 1; c < nodes_each && !more; c++) {
+        if (parents[f + c] != at) continue;
+        const u32 x = tokens[f + c];
+        const double u = double(u32(random_bits(5, s, 1000 + decisions++) >> 32)) / 4294967296.0;
+        if (u * qq[x] < pp[x]) {
+          CHECK(kept < counts[s] && path[s * stride + kept] == c, "sequence %u, place %u: not node %u", s, kept, c);
+          at = c, kept++, more = true;
+          break;
+        }
+        double sp = 0, sq = 0;
+        for (u32 v = 0; v < V; v++) sp += pp[v] = fmax(0., pp[v] - qq[v]), qq[v] = v == x ? 0 : qq[v], sq += qq[v];
+        for (u32 v = 0; v < V; v++) pp[v] /= sp, qq[v] /= sq;
+      }
+      if (!more) CHECK(counts[s] == kept && next[s] < V && pp[next[s]] > 1e-12, "sequence %u: %u kept, then %u", s, counts[s], next[s]);
+    }
+  }
 }
