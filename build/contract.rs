@@ -92,8 +92,7 @@ fn field(line: &str, record: bool) -> Result<Field, String> {
     let (code, comment) = line.split_once("//").unwrap_or((line, ""));
     let code = code.trim().strip_suffix(';').ok_or("a field ends in ;")?;
     let (ty, name) = code.rsplit_once(' ').ok_or("a field is TYPE NAME;")?;
-    let (contract, prose) =
-        if record { ("", comment) } else { comment.split_once(" - ").unwrap_or((comment, "")) };
+    let (contract, prose) = if record { ("", comment) } else { comment.split_once(" - ").unwrap_or((comment, "")) };
     let contract = contract.trim();
     let spans = [("In<", Access::In), ("Out<", Access::Out), ("InOut<", Access::InOut)];
     let span = spans.iter().find_map(|(open, access)| Some((ty.strip_prefix(open)?.strip_suffix('>')?, *access)));
@@ -111,7 +110,8 @@ fn field(line: &str, record: bool) -> Result<Field, String> {
             (element, Kind::Span { access, extent, align })
         }
         None => {
-            let rules = contract.split(',').map(str::trim).filter(|r| !r.is_empty()).map(rule).collect::<Result<_, _>>()?;
+            let rules =
+                contract.split(',').map(str::trim).filter(|r| !r.is_empty()).map(rule).collect::<Result<_, _>>()?;
             (ty, Kind::Scalar { rules })
         }
     };
@@ -185,7 +185,12 @@ pub fn to_rust(structs: &[Struct]) -> String {
             let visible = if s.record { "pub " } else { "" };
             let ty = if matches!(f.kind, Kind::Span { .. }) { "u64" } else { rust_type(&f.ty) };
             let doc = f.doc.trim().replace('[', "\\[").replace(']', "\\]");
-            let _ = writeln!(out, "    /// {}\n    {visible}{}: {ty},", if doc.is_empty() { &f.name } else { &doc }, f.name);
+            let _ = writeln!(
+                out,
+                "    /// {}\n    {visible}{}: {ty},",
+                if doc.is_empty() { &f.name } else { &doc },
+                f.name
+            );
         }
         out += "}\n";
         if s.record {
@@ -200,7 +205,11 @@ pub fn to_rust(structs: &[Struct]) -> String {
 }
 
 fn constructor(out: &mut String, s: &Struct) {
-    let _ = writeln!(out, "impl {} {{\n    /// Checks the contract.\n    #[allow(clippy::too_many_arguments)]\n    pub fn new(", s.name);
+    let _ = writeln!(
+        out,
+        "impl {} {{\n    /// Checks the contract.\n    #[allow(clippy::too_many_arguments)]\n    pub fn new(",
+        s.name
+    );
     for f in &s.fields {
         let ty = rust_type(&f.ty);
         let _ = match &f.kind {
@@ -234,10 +243,8 @@ fn constructor(out: &mut String, s: &Struct) {
             Kind::Span { extent: e, align, .. } => {
                 let len = extent(e, |n| format!("u64::from({n})"));
                 let (at, n) = (&s.name, &f.name);
-                let _ = writeln!(
-                    out,
-                    "        super::span(\"{at}\", \"{n}\", {n}.address(), {n}.len(), {len}, {align})?;"
-                );
+                let _ =
+                    writeln!(out, "        super::span(\"{at}\", \"{n}\", {n}.address(), {n}.len(), {len}, {align})?;");
             }
         }
     }
@@ -257,7 +264,11 @@ pub fn to_cpp(structs: &[Struct]) -> String {
     out += "extern \"C\" bool emu_extent(const void*, size_t) __attribute__((weak));\n";
     out += "[[noreturn]] inline void emu_broken(const char* kernel, const char* what) { emu_fail(what, kernel, 0); }\n";
     for s in structs.iter().filter(|s| !s.record) {
-        let _ = writeln!(out, "inline void emu_check(const {}& a, const char* kernel) {{\n  (void)a; (void)kernel;", s.name);
+        let _ = writeln!(
+            out,
+            "inline void emu_check(const {}& a, const char* kernel) {{\n  (void)a; (void)kernel;",
+            s.name
+        );
         for f in &s.fields {
             let n = &f.name;
             match &f.kind {
@@ -273,8 +284,16 @@ pub fn to_cpp(structs: &[Struct]) -> String {
                 }
                 Kind::Span { extent: e, align, .. } => {
                     let len = extent(e, |n| format!("uint64_t(a.{n})"));
-                    let _ = writeln!(out, "  if (uintptr_t(a.{n}.p) % {align}) emu_broken(kernel, \"{}: {n} is not aligned to {align}\");", s.name);
-                    let _ = writeln!(out, "  if (emu_extent && ({len}) && !emu_extent(a.{n}.p, ({len}) * sizeof(*a.{n}.p))) emu_broken(kernel, \"{}: {n} is shorter than its contract\");", s.name);
+                    let _ = writeln!(
+                        out,
+                        "  if (uintptr_t(a.{n}.p) % {align}) emu_broken(kernel, \"{}: {n} is not aligned to {align}\");",
+                        s.name
+                    );
+                    let _ = writeln!(
+                        out,
+                        "  if (emu_extent && ({len}) && !emu_extent(a.{n}.p, ({len}) * sizeof(*a.{n}.p))) emu_broken(kernel, \"{}: {n} is shorter than its contract\");",
+                        s.name
+                    );
                 }
             }
         }

@@ -24,65 +24,65 @@ fn random_programs_equal_a_vector() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-mistral");
     let checkpoint = Checkpoint::open(&path).unwrap();
     for compute in [Compute::Fast, Compute::Exact] {
-        let be = Arc::new(Cpu::with(2, Tier::detect(), compute));
-        let m = Model::load(be, &checkpoint, |_, _| {}).unwrap();
-        let (be, cfg) = (m.backend(), m.config());
-        let mut ws = Workspace::new(be, cfg, 32, 32).unwrap();
-        let mut rng = Rng::new(5);
-        for _ in 0..12 {
-            let mut cache = KvCache::new(be, cfg, CAPACITY).unwrap();
-            let mut kept: Vec<u32> = Vec::new();
-            for _ in 0..20 {
-                let room = CAPACITY - 1 - kept.len();
-                let n = rng.below(room.min(12) + 1);
-                let tokens: Vec<u32> = (0..n).map(|_| rng.below(cfg.vocab) as u32).collect();
-                match rng.below(5) {
-                    0 => {
-                        let len = rng.below(kept.len() + 1);
-                        cache.truncate(len);
-                        kept.truncate(len);
-                    }
-                    1 => cache = cache.fork(be).unwrap(),
-                    2 => {
-                        let parents: Vec<u32> =
-                            (0..n).map(|i| if i == 0 { TreeMask::ROOT } else { rng.below(i) as u32 }).collect();
-                        let tree = TreeMask::new(&parents).unwrap();
-                        let seq = Sequence {
-                            cache: &mut cache,
-                            tokens: &tokens,
-                            mask: Mask::Tree(&tree),
-                            want: Want::Nothing,
-                        };
-                        m.forward(&mut [seq], &mut ws).unwrap();
-                        let path: Vec<u32> = if n == 0 {
-                            vec![]
-                        } else {
-                            (0..n as u32).filter(|&i| tree.sees(n - 1, i as usize)).collect()
-                        };
-                        cache.commit(be, &path).unwrap();
-                        kept.extend(path.iter().map(|&i| tokens[i as usize]));
-                    }
-                    _ => {
-                        let seq =
-                            Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Causal, want: Want::Nothing };
-                        m.forward(&mut [seq], &mut ws).unwrap();
-                        assert_eq!(cache.staged(), n);
-                        let keep = rng.below(n + 1);
-                        cache.commit_first(keep).unwrap();
-                        kept.extend(&tokens[..keep]);
-                    }
+        let cpu = Cpu::with(2, Tier::detect(), compute);
+        programs_equal_a_vector(Model::load(Arc::new(cpu), &checkpoint, |_, _| {}).unwrap(), 12);
+    }
+    #[cfg(feature = "emu")]
+    {
+        let cuda = quadriga::backend::cuda::Cuda::emulated().unwrap();
+        programs_equal_a_vector(Model::load(Arc::new(cuda), &checkpoint, |_, _| {}).unwrap(), 4);
+    }
+}
+
+fn programs_equal_a_vector<B: Backend>(m: Model<B>, programs: usize) {
+    let (be, cfg) = (m.backend(), m.config());
+    let mut ws = Workspace::new(be, cfg, 32, 32).unwrap();
+    let mut rng = Rng::new(5);
+    for _ in 0..programs {
+        let mut cache = KvCache::new(be, cfg, CAPACITY).unwrap();
+        let mut kept: Vec<u32> = Vec::new();
+        for _ in 0..20 {
+            let room = CAPACITY - 1 - kept.len();
+            let n = rng.below(room.min(12) + 1);
+            let tokens: Vec<u32> = (0..n).map(|_| rng.below(cfg.vocab) as u32).collect();
+            match rng.below(5) {
+                0 => {
+                    let len = rng.below(kept.len() + 1);
+                    cache.truncate(len);
+                    kept.truncate(len);
                 }
-                assert_eq!((cache.len(), cache.staged()), (kept.len(), 0));
+                1 => cache = cache.fork(be).unwrap(),
+                2 => {
+                    let parents: Vec<u32> =
+                        (0..n).map(|i| if i == 0 { TreeMask::ROOT } else { rng.below(i) as u32 }).collect();
+                    let tree = TreeMask::new(&parents).unwrap();
+                    let seq =
+                        Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Tree(&tree), want: Want::Nothing };
+                    m.forward(&mut [seq], &mut ws).unwrap();
+                    let path: Vec<u32> =
+                        if n == 0 { vec![] } else { (0..n as u32).filter(|&i| tree.sees(n - 1, i as usize)).collect() };
+                    cache.commit(be, &path).unwrap();
+                    kept.extend(path.iter().map(|&i| tokens[i as usize]));
+                }
+                _ => {
+                    let seq = Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Causal, want: Want::Nothing };
+                    m.forward(&mut [seq], &mut ws).unwrap();
+                    assert_eq!(cache.staged(), n);
+                    let keep = rng.below(n + 1);
+                    cache.commit_first(keep).unwrap();
+                    kept.extend(&tokens[..keep]);
+                }
             }
-            let got = logits(&m, &mut ws, &mut cache, 7);
-            let mut plain = KvCache::new(be, cfg, CAPACITY).unwrap();
-            for chunk in kept.chunks(32) {
-                let seq = Sequence { cache: &mut plain, tokens: chunk, mask: Mask::Causal, want: Want::Nothing };
-                m.forward(&mut [seq], &mut ws).unwrap();
-                plain.commit_first(chunk.len()).unwrap();
-            }
-            assert_eq!(got, logits(&m, &mut ws, &mut plain, 7), "{compute:?}, {} rows", kept.len());
+            assert_eq!((cache.len(), cache.staged()), (kept.len(), 0));
         }
+        let got = logits(&m, &mut ws, &mut cache, 7);
+        let mut plain = KvCache::new(be, cfg, CAPACITY).unwrap();
+        for chunk in kept.chunks(32) {
+            let seq = Sequence { cache: &mut plain, tokens: chunk, mask: Mask::Causal, want: Want::Nothing };
+            m.forward(&mut [seq], &mut ws).unwrap();
+            plain.commit_first(chunk.len()).unwrap();
+        }
+        assert_eq!(got, logits(&m, &mut ws, &mut plain, 7), "{} rows", kept.len());
     }
 }
 

@@ -172,6 +172,21 @@ ARGS(LinearGluQ6_K) {
   u32 act;              // <= 1
 };
 
+// Weights and activations in bf16 through Hopper's copy engine. A map is what cuTensorMapEncodeTiled makes of a matrix [height,
+// inputs]: BFLOAT16, rank 2, sizes {inputs, height}, stride {2 inputs}, element strides 1, 128-byte swizzle, no interleave, L2
+// promotion 128 bytes, zeros outside; the box {64, 128} for x, whose height is at least `rows` (so one map serves a buffer), and
+// {64, N} for w, whose height is `outputs`. Maps are copied to the device before the launch.
+ARGS(LinearMapped) {
+  In<u64> x_map;   // [16] align 64
+  In<u64> w_map;   // [16] align 64
+  In<float> bias;  // [has_bias, outputs] align 4
+  Out<float> y;    // [rows, outputs] align 8
+  u32 rows;        // >= 1
+  u32 inputs;      // >= 8, % 8 == 0
+  u32 outputs;     // >= 1
+  u32 has_bias;    // <= 1
+};
+
 // Launches. Blocks of 256 threads. Every entry point takes any number of rows; the name of linear_* tells how many it serves with
 // one reading of the weights. The bits of y[r, o] are the same from all entry points of one weight format.
 //
@@ -184,6 +199,9 @@ ARGS(LinearGluQ6_K) {
 //   gemm_FORMAT_64    (rows + 63) / 64     (outputs + 63) / 64    32768, bf16 65536       more, where gemm_FORMAT_128 has few blocks
 //   gemm_FORMAT_128   (rows + 127) / 128   (outputs + 127) / 128  65536, bf16 98304       more
 //   linear_bf16_odd   (outputs + 15) / 16  (rows + 7) / 8         0                       LinearOdd: inputs % 8 != 0
+//
+//   gemm_bf16_sm90_N: LinearMapped, N is 128 or 256; 384 threads, grid min(multiprocessors, ceil(rows / 128) ceil(outputs / N)), dynamic
+//   shared memory 196704 (128) or 196672 (256) bytes; sm_90a only, and bits of its own.
 //
 // FORMAT and arguments: bf16 Linear, q8_0 LinearQ8_0, q4_0 LinearQ4_0, q4_1 LinearQ4_1, q4_k LinearQ4_K, q6_k LinearQ6_K; LinearGlu...
 // alike. N is 8, 16, 32 or 64. linear_glu_* gives the bits of two products followed by glu (rows.h).

@@ -97,6 +97,12 @@ impl Op {
         !matches!(self, Op::Embed { .. }) && self.dtype().is_some_and(DType::is_quantized)
     }
 
+    /// Whether its result is an operand of a product to come, kept in the backend's type of those.
+    pub fn gives_operands(&self) -> bool {
+        let fused = matches!(self, Op::RmsNorm { .. } | Op::AddRmsNorm { .. } | Op::Glu { .. } | Op::LinearGlu { .. });
+        fused || self.attn().is_some()
+    }
+
     /// The caches' part, where there is one.
     pub fn attn(&self) -> Option<&Attn> {
         match self {

@@ -23,6 +23,8 @@ pub struct Setup {
     pub act: Storage,
     /// What keys and values are rounded to beforehand.
     pub kv: Storage,
+    /// What the queries of attention are rounded to beforehand.
+    pub q: Storage,
     /// Bytes of weights (or of cached rows) to rotate over from call to call, so that each call finds its own cold in
     /// the caches, as in a model that is larger than they are. 0: one copy.
     pub working_set: usize,
@@ -32,7 +34,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { seed: 0, act: Storage::F32, kv: Storage::F32, working_set: 0, kv_bytes: 4 }
+        Self { seed: 0, act: Storage::F32, kv: Storage::F32, q: Storage::F32, working_set: 0, kv_bytes: 4 }
     }
 }
 
@@ -140,6 +142,9 @@ impl<'b, B: Backend> Prepared<'b, B> {
             };
             if op.attn().is_some() && (1..3).contains(&i) {
                 setup.kv.round(&mut values, 1);
+            }
+            if op.attn().is_some() && i == 0 {
+                setup.q.round(&mut values, 1);
             }
             acc.push(upload_acc(be, &values)?);
         }

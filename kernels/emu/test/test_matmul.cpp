@@ -5,6 +5,7 @@
 #include "harness.h"
 #include "../../gemv.cu"
 #include "../../gemm.cu"
+#include "../../gemm_sm90.cu"
 
 using test::Array;
 
@@ -40,6 +41,18 @@ void run(const Entry& e, const Args& args, Array<float>& y, bool thrice) {
   const dim3 grid = e.grid(args.outputs, args.rows);
   if (thrice) test::launch3(e.name.c_str(), args, grid, 256, e.smem, y);
   else test::launch(e.name.c_str(), args, grid, 256, e.smem, 99);
+}
+
+// The map of a matrix in bf16, as gemm_sm90.cu wants it.
+std::shared_ptr<Array<u64>> tensor_map(const bf16_t* p, u32 height, u32 inputs, u32 box_height) {
+  const uint64_t sizes[] = {inputs, height}, strides[] = {inputs * 2};
+  const uint32_t box[] = {64, box_height}, step[] = {1, 1};
+  gpu::TensorMap map;
+  const char* why = emu_tensor_map(&map, 9, 2, p, sizes, strides, box, step, 0, 3, 0);
+  CHECK(!why, "%s", why);
+  auto words = std::make_shared<Array<u64>>(16);
+  memcpy(words->p, &map, sizeof map);
+  return words;
 }
 
 // Every entry point at several numbers of rows: near f64, the same bits under all schedules, from all entry points, and for a row
@@ -306,4 +319,20 @@ TEST(linear_glu) {
   check_glu<LinearGluQ6_K>("q6_k", 21, 256, of(F6_K, 256), [](const Weights& g, const Weights& u) {
     return LinearGluQ6_K{{}, {g.quants}, {g.high}, {g.scales}, {g.supers}, {u.quants}, {u.high}, {u.scales}, {u.supers}, {}, 0, 0, 0, 0};
   });
+}
+
+TEST(gemm_sm90) {
+  for (Shape s : shapes({{33, 72}, {258, 392}, {1, 8}, {130, 576}})) {
+    std::vector<std::shared_ptr<void>> keep;
+    Weights w = plain<Linear>(s.outputs, s.inputs, keep);
+    const bf16_t* matrix = w.w;
+    w.launch = [=](const Entry& e, const bf16_t* x, const float* bias, Array<float>& y, u32 rows, bool thrice) {
+      const auto x_map = tensor_map(x, rows, s.inputs, 128), w_map = tensor_map(matrix, s.outputs, s.inputs, e.outputs);
+      const LinearMapped a{{x_map->p}, {w_map->p}, {bias}, {y.p}, rows, s.inputs, s.outputs, bias != nullptr};
+      const u32 grid = std::min(2u, (rows + 127) / 128 * ((s.outputs + e.outputs - 1) / e.outputs));  // fewer blocks than tiles
+      if (thrice) test::launch3(e.name.c_str(), a, grid, 384, e.smem, y);
+      else test::launch(e.name.c_str(), a, grid, 384, e.smem, 5);
+    };
+    check(w, {{"gemm_bf16_sm90_128", 128, 128, 196704}, {"gemm_bf16_sm90_256", 256, 128, 196672}}, {3, 65, 300}, s.outputs % 2);
+  }
 }

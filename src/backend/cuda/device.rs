@@ -79,8 +79,11 @@ impl Cuda {
                 return Err(missing(&format!("this binary was built without the kernels of {file}.cu")));
             };
             let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
-                let (name, (major, minor)) = (context.name().unwrap_or_default(), context.compute_capability().unwrap_or((0, 0)));
-                missing(&format!("{name} (compute capability {major}.{minor}) does not take the kernels of {file}.cu ({e})"))
+                let (name, (major, minor)) =
+                    (context.name().unwrap_or_default(), context.compute_capability().unwrap_or((0, 0)));
+                missing(&format!(
+                    "{name} (compute capability {major}.{minor}) does not take the kernels of {file}.cu ({e})"
+                ))
             })?;
             for &name in *names {
                 let f = module.load_function(name).map_err(device)?;
@@ -97,7 +100,8 @@ impl Cuda {
     /// The kernels on CPU threads, behind a stand-in for the CUDA driver: for tests without a GPU.
     #[cfg(feature = "emu")]
     pub fn emulated() -> Result<Self> {
-        static LOADED: std::sync::OnceLock<std::result::Result<libloading::Library, String>> = std::sync::OnceLock::new();
+        static LOADED: std::sync::OnceLock<std::result::Result<libloading::Library, String>> =
+            std::sync::OnceLock::new();
         let load = || {
             // SAFETY: our own library; its initialisers only list the kernels. It takes the place of libcuda, since the
             // loader gives a library that is already loaded under a name to whoever asks for that name.
@@ -128,7 +132,14 @@ impl Cuda {
     }
 
     /// Queues a kernel.
-    pub(super) fn launch<A: Args>(&self, kernel: Kernel<A>, args: A, grid: [usize; 3], block: usize, shared: usize) -> Result<()> {
+    pub(super) fn launch<A: Args>(
+        &self,
+        kernel: Kernel<A>,
+        args: A,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+    ) -> Result<()> {
         self.stream.launch(kernel, args, grid, block, shared)
     }
 }
@@ -178,10 +189,18 @@ impl Stream {
         self.context.bind_to_thread().map_err(device)?;
         let bytes = src.len() * size_of::<T>();
         // SAFETY: both are as long, one is lent for writing alone.
-        unsafe { result::memcpy_dtod_async(dst.address(), src.address(), bytes, self.stream.cu_stream()) }.map_err(device)
+        unsafe { result::memcpy_dtod_async(dst.address(), src.address(), bytes, self.stream.cu_stream()) }
+            .map_err(device)
     }
 
-    fn launch<A: Args>(&self, kernel: Kernel<A>, mut args: A, grid: [usize; 3], block: usize, shared: usize) -> Result<()> {
+    fn launch<A: Args>(
+        &self,
+        kernel: Kernel<A>,
+        mut args: A,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+    ) -> Result<()> {
         let f = &self.functions[kernel.name];
         let [x, y, z] = grid.map(|n| n as u32);
         self.context.bind_to_thread().map_err(device)?;
@@ -189,7 +208,14 @@ impl Stream {
         // SAFETY: the kernel takes exactly one A (a kernel's name and type stand together in the table, and both sides of A
         // come from one contract, which its constructor has checked); the driver copies it before it returns.
         let run = unsafe {
-            result::launch_kernel(f.cu_function(), (x, y, z), (block as u32, 1, 1), shared as u32, self.stream.cu_stream(), &mut params)
+            result::launch_kernel(
+                f.cu_function(),
+                (x, y, z),
+                (block as u32, 1, 1),
+                shared as u32,
+                self.stream.cu_stream(),
+                &mut params,
+            )
         };
         run.map_err(|e| Error::new(ErrorKind::Device, format!("CUDA: {} [{x}, {y}, {z}] x {block}: {e}", kernel.name)))
     }

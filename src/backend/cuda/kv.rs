@@ -22,7 +22,8 @@ impl CudaKv {
     pub(super) fn alloc(stream: &Arc<Stream>, layers: usize, capacity: usize, kv_dim: usize) -> Result<Self> {
         let n = [2, layers, capacity, kv_dim].into_iter().try_fold(1usize, usize::checked_mul);
         let n = n.filter(|n| *n <= usize::MAX / 4).ok_or_else(|| {
-            let says = format!("a cache of {layers} layers, {capacity} rows and {kv_dim} columns exceeds the address space");
+            let says =
+                format!("a cache of {layers} layers, {capacity} rows and {kv_dim} columns exceeds the address space");
             crate::error::Error::new(crate::error::ErrorKind::Capacity, says)
         })?;
         Ok(Self { data: CudaBuf::zeros(stream, n)?, layers, capacity, kv_dim })

@@ -37,7 +37,11 @@ impl Cuda {
     }
 
     /// Sends the table of segments; the guard keeps it until the launch.
-    fn segments(&self, small: &mut super::device::Small, segments: &[Segment<'_, Self>]) -> Result<Src<'static, args::Seg>> {
+    fn segments(
+        &self,
+        small: &mut super::device::Small,
+        segments: &[Segment<'_, Self>],
+    ) -> Result<Src<'static, args::Seg>> {
         let (mut segs, bits) = table(segments)?;
         let words = small.put(&self.stream, Slot::TreeBits, &bits)?;
         for s in &mut segs {
@@ -210,7 +214,13 @@ impl Backend for Cuda {
         CudaKv::alloc(&self.stream, layers, capacity, kv_dim)
     }
 
-    fn kv_stage(&self, segments: &mut [Segment<'_, Self>], layer: usize, keys: Src<'_, f32>, v: Src<'_, f32>) -> Result<()> {
+    fn kv_stage(
+        &self,
+        segments: &mut [Segment<'_, Self>],
+        layer: usize,
+        keys: Src<'_, f32>,
+        v: Src<'_, f32>,
+    ) -> Result<()> {
         let rows: usize = segments.iter().map(|s| s.rows).sum();
         let Some(kv_dim) = segments.first().map(|s| s.kv.kv_dim).filter(|_| rows > 0) else { return Ok(()) };
         let mut small = self.small();
@@ -249,7 +259,8 @@ impl Backend for Cuda {
             return Ok(());
         }
         let (heads, kv_heads, head_dim) = (spec.heads, spec.kv_heads, spec.head_dim);
-        let (q, keys, v) = (q.head_mut(rows * spec.q_dim()), keys.head(rows * spec.kv_dim()), v.head(rows * spec.kv_dim()));
+        let (q, keys, v) =
+            (q.head_mut(rows * spec.q_dim()), keys.head(rows * spec.kv_dim()), v.head(rows * spec.kv_dim()));
         let mut small = self.small();
         let segs = self.segments(&mut small, segments)?;
         let n = segs.len() as u32;
