@@ -123,7 +123,10 @@ fn cpu_fast_meets_the_specification() {
 #[test]
 fn cuda_emulated_meets_the_specification() {
     let cuda = quadriga::backend::cuda::Cuda::emulated().unwrap();
-    check("cuda emulated", &cuda, Kept { quantized: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 });
+    let kept = Kept { quantized: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
+    check("cuda emulated", &cuda, kept);
+    fused_equals_composed("cuda emulated", &cuda);
+    check("cuda emulated, fastest", &cuda.fastest(), kept);
 }
 
 #[test]

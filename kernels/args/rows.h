@@ -13,6 +13,24 @@ ARGS(Embed) {
   float scale;
 };
 
+// The same of a table in blocks, packed as rt/quant.cuh says; words of a tile in each plane.
+ARGS(EmbedBlocks) {
+  In<u32> quants;  // [(vocab + 15) / 16, (d + 63) / 64, quant_words] align 4
+  In<u32> high;    // [(vocab + 15) / 16, (d + 63) / 64, high_words] align 4
+  In<u32> scales;  // [(vocab + 15) / 16, (d + 63) / 64, scale_words] align 4
+  In<u32> supers;  // [(vocab + 15) / 16, d / 256, super_words] align 4
+  In<u32> tokens;  // [rows] align 4 - below vocab
+  Out<float> y;    // [rows, d] align 4
+  u32 vocab;       // >= 1
+  u32 rows;        // >= 1
+  u32 d;           // >= 32, % 32 == 0
+  u32 quant_words;
+  u32 high_words;
+  u32 scale_words;
+  u32 super_words;
+  float scale;
+};
+
 // y[i] = x[index[i]].
 ARGS(GatherRows) {
   In<float> x;     // [from, d] align 4

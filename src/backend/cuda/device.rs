@@ -6,10 +6,10 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
 use cudarc::nvrtc::Ptx;
 
-use super::kernels::{FILES, Kernel};
+use super::kernels::{FAMILY_FILES, FILES, Kernel};
 use super::memory::{CudaBuf, Dst, Src};
 use super::{Args, images};
 use crate::dtype::Elem;
@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct Cuda {
     pub(super) stream: Arc<Stream>,
     small: Mutex<Small>,
+    pub(super) row_independent: bool,
 }
 
 /// The stream on which everything runs, and the kernels.
@@ -27,6 +28,7 @@ pub(super) struct Stream {
     stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     shared_memory: usize,
+    multiprocessors: usize,
 }
 
 fn device(e: DriverError) -> Error {
@@ -71,30 +73,40 @@ impl Cuda {
         let stream = context.new_stream().map_err(device)?;
         let optin = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_memory = context.attribute(optin).map_err(device)?;
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).map_err(device)? as usize;
+        let mut modules = HashMap::new();
         let mut functions = HashMap::new();
-        for (file, names) in FILES {
-            let image = images::FATBINS.iter().find(|(n, _)| n == file).map(|(_, image)| image.to_vec());
-            // The emulator has the kernels linked in and takes any image.
-            let Some(image) = image.or(cfg!(feature = "emu").then(|| vec![0; 64])) else {
-                return Err(missing(&format!("this binary was built without the kernels of {file}.cu")));
-            };
-            let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
-                let (name, (major, minor)) =
-                    (context.name().unwrap_or_default(), context.compute_capability().unwrap_or((0, 0)));
-                missing(&format!(
-                    "{name} (compute capability {major}.{minor}) does not take the kernels of {file}.cu ({e})"
-                ))
-            })?;
+        for (file, names) in FILES.iter().chain(FAMILY_FILES) {
+            if !modules.contains_key(file) {
+                modules.insert(file, Self::module(&context, file)?);
+            }
             for &name in *names {
-                let f = module.load_function(name).map_err(device)?;
+                let f = modules[file].load_function(name).map_err(device)?;
                 let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 let own = f.shared_size_bytes().unwrap_or(0);
                 f.set_attribute(most, shared_memory - own).map_err(device)?;
                 functions.insert(name, f);
             }
         }
-        let stream = Arc::new(Stream { context, stream, functions, shared_memory: shared_memory as usize });
-        Ok(Self { stream, small: Mutex::default() })
+        let stream =
+            Arc::new(Stream { context, stream, functions, shared_memory: shared_memory as usize, multiprocessors });
+        Ok(Self { stream, small: Mutex::default(), row_independent: true })
+    }
+
+    fn module(context: &Arc<CudaContext>, file: &str) -> Result<Arc<CudaModule>> {
+        let image = images::FATBINS.iter().find(|(n, _)| *n == file).map(|(_, image)| image.to_vec());
+        // The emulator has the kernels linked in and takes any image.
+        let Some(image) = image.or(cfg!(feature = "emu").then(|| vec![0; 64])) else {
+            return Err(missing(&format!("this binary was built without the kernels of {file}.cu")));
+        };
+        context.load_module(Ptx::from_binary(image)).map_err(|e| {
+            let name = context.name().unwrap_or_default();
+            let (major, minor) = context.compute_capability().unwrap_or((0, 0));
+            missing(&format!(
+                "{name} (compute capability {major}.{minor}) does not take the kernels of {file}.cu ({e})"
+            ))
+        })
     }
 
     /// The kernels on CPU threads, behind a stand-in for the CUDA driver: for tests without a GPU.
@@ -111,6 +123,13 @@ impl Cuda {
             Ok(_) => Self::open(0),
             Err(e) => Err(Error::new(ErrorKind::Device, format!("the emulator does not load: {e}"))),
         }
+    }
+
+    /// Lets long passes use the attention that suits them best, whose sums are in another order than those of short ones: a
+    /// row's last bits then depend on the length of its pass.
+    pub fn fastest(mut self) -> Self {
+        self.row_independent = false;
+        self
     }
 
     /// Name of the device.
@@ -148,6 +167,11 @@ impl Stream {
     /// Bytes of shared memory that a block may have.
     pub fn shared_memory(&self) -> usize {
         self.shared_memory
+    }
+
+    /// Of the device.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     pub fn zeros(&self, bytes: usize) -> Result<(CudaSlice<u8>, u64)> {

@@ -11,12 +11,72 @@ pub(super) struct Kernel<A> {
     _args: PhantomData<A>,
 }
 
+/// The products with one weight format, by the rows that one reading of the weights serves.
+pub(super) struct Family<A, G> {
+    /// 8, 16, 32 and 64.
+    pub few: [Kernel<A>; 4],
+    /// 64 and 128, and their dynamic shared memory.
+    pub many: [(Kernel<A>, usize); 2],
+    /// Gate and up in one: 8, 16, 32 and 64.
+    pub glu: [Kernel<G>; 4],
+}
+
+const fn kernel<A>(name: &'static str) -> Kernel<A> {
+    Kernel { name, _args: PhantomData }
+}
+
 macro_rules! kernels {
     ($($file:literal { $($id:ident: $args:ident = $name:literal;)* })*) => {
-        $($(pub(super) const $id: Kernel<args::$args> = Kernel { name: $name, _args: PhantomData };)*)*
+        $($(pub(super) const $id: Kernel<args::$args> = kernel($name);)*)*
         /// Files and the entry points in them.
         pub(super) const FILES: &[(&str, &[&str])] = &[$(($file, &[$($name),*])),*];
     };
+}
+
+macro_rules! families {
+    ($($id:ident: $args:ident, $glu:ident = $name:literal, $shared:expr;)*) => {
+        $(pub(super) const $id: Family<args::$args, args::$glu> = Family {
+            few: [
+                kernel(concat!("linear_", $name, "_8")),
+                kernel(concat!("linear_", $name, "_16")),
+                kernel(concat!("linear_", $name, "_32")),
+                kernel(concat!("linear_", $name, "_64")),
+            ],
+            many: [
+                (kernel(concat!("gemm_", $name, "_64")), $shared[0]),
+                (kernel(concat!("gemm_", $name, "_128")), $shared[1]),
+            ],
+            glu: [
+                kernel(concat!("linear_glu_", $name, "_8")),
+                kernel(concat!("linear_glu_", $name, "_16")),
+                kernel(concat!("linear_glu_", $name, "_32")),
+                kernel(concat!("linear_glu_", $name, "_64")),
+            ],
+        };)*
+        /// The same for the families.
+        pub(super) const FAMILY_FILES: &[(&str, &[&str])] = &[$(
+            ("gemv", &[
+                concat!("linear_", $name, "_8"),
+                concat!("linear_", $name, "_16"),
+                concat!("linear_", $name, "_32"),
+                concat!("linear_", $name, "_64"),
+                concat!("linear_glu_", $name, "_8"),
+                concat!("linear_glu_", $name, "_16"),
+                concat!("linear_glu_", $name, "_32"),
+                concat!("linear_glu_", $name, "_64"),
+            ]),
+            ("gemm", &[concat!("gemm_", $name, "_64"), concat!("gemm_", $name, "_128")]),
+        )*];
+    };
+}
+
+families! {
+    BF16: Linear, LinearGlu = "bf16", [64 << 10, 96 << 10];
+    Q8_0: LinearQ8_0, LinearGluQ8_0 = "q8_0", [32 << 10, 64 << 10];
+    Q4_0: LinearQ4_0, LinearGluQ4_0 = "q4_0", [32 << 10, 64 << 10];
+    Q4_1: LinearQ4_1, LinearGluQ4_1 = "q4_1", [32 << 10, 64 << 10];
+    Q4_K: LinearQ4_K, LinearGluQ4_K = "q4_k", [32 << 10, 64 << 10];
+    Q6_K: LinearQ6_K, LinearGluQ6_K = "q6_k", [32 << 10, 64 << 10];
 }
 
 kernels! {
@@ -24,6 +84,11 @@ kernels! {
         EMBED_BF16: Embed = "embed_bf16";
         EMBED_F16: Embed = "embed_f16";
         EMBED_F32: Embed = "embed_f32";
+        EMBED_Q8_0: EmbedBlocks = "embed_q8_0";
+        EMBED_Q4_0: EmbedBlocks = "embed_q4_0";
+        EMBED_Q4_1: EmbedBlocks = "embed_q4_1";
+        EMBED_Q4_K: EmbedBlocks = "embed_q4_k";
+        EMBED_Q6_K: EmbedBlocks = "embed_q6_k";
         GATHER_ROWS: GatherRows = "gather_rows";
         ADD: Add = "add";
         RMS_NORM: RmsNorm = "rms_norm";
@@ -36,10 +101,6 @@ kernels! {
         DENSE_F32: Dense = "dense_f32";
     }
     "gemv" {
-        LINEAR_BF16_8: Linear = "linear_bf16_8";
-        LINEAR_BF16_16: Linear = "linear_bf16_16";
-        LINEAR_BF16_32: Linear = "linear_bf16_32";
-        LINEAR_BF16_64: Linear = "linear_bf16_64";
         LINEAR_BF16_ODD: LinearOdd = "linear_bf16_odd";
     }
     "kv" {
@@ -58,5 +119,11 @@ kernels! {
         ATTEND_256_M32: Attention = "attend_256_m32";
         ATTEND_ANY_M16: Attention = "attend_any_m16";
         ATTEND_MERGE: Attention = "attend_merge";
+    }
+    "attention_prefill" {
+        PREFILL_64: Attention = "prefill_64";
+        PREFILL_96: Attention = "prefill_96";
+        PREFILL_128: Attention = "prefill_128";
+        PREFILL_256: Attention = "prefill_256";
     }
 }

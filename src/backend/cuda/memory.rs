@@ -124,20 +124,4 @@ impl<'a, T> Dst<'a, T> {
     pub(super) fn len(&self) -> usize {
         self.len
     }
-
-    /// The same for a shorter time.
-    pub(super) fn again(&mut self) -> Dst<'_, T> {
-        Dst { address: self.address, len: self.len, _of: PhantomData }
-    }
-
-    /// Reading what was written.
-    pub(super) fn read(&self) -> Src<'_, T> {
-        Src { address: self.address, len: self.len, _of: PhantomData }
-    }
-
-    /// Elements `r` of it.
-    pub(super) fn part(self, r: Range<usize>) -> Dst<'a, T> {
-        assert!(r.start <= r.end && r.end <= self.len, "elements {r:?} of {}", self.len);
-        Dst { address: self.address + (r.start * size_of::<T>()) as u64, len: r.len(), _of: PhantomData }
-    }
 }

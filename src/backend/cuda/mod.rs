@@ -12,11 +12,12 @@ mod kernels;
 mod kv;
 mod memory;
 mod ops;
+mod pack;
 mod weight;
 
 use std::fmt::Display;
 
-pub use device::Cuda;
+pub use device::{Cuda, available};
 pub use kv::CudaKv;
 pub use memory::{CudaBuf, Dst, Src};
 pub use weight::CudaWeight;

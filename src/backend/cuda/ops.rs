@@ -4,12 +4,12 @@ use half::bf16;
 
 use super::args;
 use super::device::{Cuda, Slot};
-use super::kernels::{self as k, Kernel};
+use super::kernels::{self as k, Family, Kernel};
 use super::kv::{CudaKv, table};
 use super::memory::{CudaBuf, Dst, Src};
 use super::weight::{CudaWeight, Form};
-use crate::backend::{AttnSpec, Backend, Buffer, Segment, WeightInfo};
-use crate::dtype::Elem;
+use crate::backend::{AttnSpec, Backend, Buffer, Mask, Segment, WeightInfo};
+use crate::dtype::{DType, Elem};
 use crate::error::{Result, bail};
 use crate::model::config::Activation;
 use crate::tensor::HostTensor;
@@ -31,9 +31,36 @@ fn spread(n: usize) -> [usize; 3] {
     [n.div_ceil(THREADS).min(4096), 1, 1]
 }
 
+fn number(act: Activation) -> u32 {
+    match act {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+    }
+}
+
+/// Of the kernels for 8, 16, 32 and 64 rows the one for `rows`, and its grid; the last three take `strip` outputs a block.
+fn few<A: Copy>(kernels: &[Kernel<A>; 4], rows: usize, outputs: usize, strip: usize) -> (Kernel<A>, [usize; 3]) {
+    let i = [8, 16, 32].iter().position(|&n| rows <= n).unwrap_or(3);
+    let strip = if i == 0 { 16 } else { strip };
+    (kernels[i], [outputs.div_ceil(strip), rows.div_ceil(8 << i), 1])
+}
+
 impl Cuda {
     fn rows_launch<A: super::Args>(&self, kernel: Kernel<A>, args: A, rows: usize) -> Result<()> {
         self.launch(kernel, args, [rows, 1, 1], THREADS, 0)
+    }
+
+    /// A product by the kernel that suits the number of rows; all give the same bits.
+    fn product<A: super::Args, G>(&self, f: &Family<A, G>, args: A, rows: usize, outputs: usize) -> Result<()> {
+        if rows <= 64 {
+            let (kernel, grid) = few(&f.few, rows, outputs, 32);
+            return self.launch(kernel, args, grid, THREADS, 0);
+        }
+        // The wide tile does most work for what it reads, but must not leave multiprocessors idle.
+        let blocks = |tile: usize| rows.div_ceil(tile) * outputs.div_ceil(tile);
+        let wide = usize::from(blocks(128) >= self.stream.multiprocessors());
+        let ((kernel, shared), tile) = (f.many[wide], [64, 128][wide]);
+        self.launch(kernel, args, [rows.div_ceil(tile), outputs.div_ceil(tile), 1], THREADS, shared)
     }
 
     /// Sends the table of segments; the guard keeps it until the launch.
@@ -87,15 +114,28 @@ impl Backend for Cuda {
         if rows == 0 {
             return Ok(());
         }
+        let (v, r, c) = (table.rows() as u32, rows as u32, d as u32);
+        let mut small = self.small();
+        let tokens = small.put(&self.stream, Slot::Tokens, tokens)?;
         let (kernel, bytes, size) = match &table.form {
+            Form::Blocks(dtype, w, p) => {
+                let [q, h, s, u] = [w.quants, w.high, w.scales, w.supers].map(|n| n as u32);
+                let (quants, high, scales, supers) = (p.quants.all(), p.high.all(), p.scales.all(), p.supers.all());
+                let args = args::EmbedBlocks::new(quants, high, scales, supers, tokens, y, v, r, c, q, h, s, u, scale)?;
+                let kernel = match dtype {
+                    DType::Q8_0 => k::EMBED_Q8_0,
+                    DType::Q4_0 => k::EMBED_Q4_0,
+                    DType::Q4_1 => k::EMBED_Q4_1,
+                    DType::Q4_K => k::EMBED_Q4_K,
+                    _ => k::EMBED_Q6_K,
+                };
+                return self.rows_launch(kernel, args, rows);
+            }
             Form::Bf16(b) => (k::EMBED_BF16, Src::at(b.address(), 2 * b.len()), 2),
             Form::Plain(b, 2) => (k::EMBED_F16, b.all(), 2),
             Form::Plain(b, size) => (k::EMBED_F32, b.all(), *size),
         };
-        let mut small = self.small();
-        let tokens = small.put(&self.stream, Slot::Tokens, tokens)?;
-        let args = args::Embed::new(bytes, tokens, y, table.rows() as u32, rows as u32, d as u32, size as u32, scale)?;
-        self.rows_launch(kernel, args, rows)
+        self.rows_launch(kernel, args::Embed::new(bytes, tokens, y, v, r, c, size as u32, scale)?, rows)
     }
 
     fn gather_rows(&self, y: Dst<'_, f32>, x: Src<'_, f32>, rows: &[u32], d: usize) -> Result<()> {
@@ -168,18 +208,42 @@ impl Backend for Cuda {
         let (r, i, o) = (rows as u32, inputs as u32, outputs as u32);
         match &w.form {
             Form::Bf16(w) if inputs % 8 == 0 => {
-                let args = args::Linear::new(x, w.all(), bias, y, r, i, o, has_bias)?;
-                let (kernel, strip, tile) = match rows {
-                    ..=8 => (k::LINEAR_BF16_8, 16, 8),
-                    ..=16 => (k::LINEAR_BF16_16, 32, 16),
-                    ..=32 => (k::LINEAR_BF16_32, 32, 32),
-                    _ => (k::LINEAR_BF16_64, 32, 64),
-                };
-                self.launch(kernel, args, [outputs.div_ceil(strip), rows.div_ceil(tile), 1], THREADS, 0)
+                self.product(&k::BF16, args::Linear::new(x, w.all(), bias, y, r, i, o, has_bias)?, rows, outputs)
             }
             Form::Bf16(w) => {
                 let args = args::LinearOdd::new(x, w.all(), bias, y, r, i, o, has_bias)?;
                 self.launch(k::LINEAR_BF16_ODD, args, [outputs.div_ceil(16), rows.div_ceil(8), 1], THREADS, 0)
+            }
+            Form::Blocks(dtype, _, p) => {
+                let (q, h, s, u) = (p.quants.all(), p.high.all(), p.scales.all(), p.supers.all());
+                match dtype {
+                    DType::Q8_0 => self.product(
+                        &k::Q8_0,
+                        args::LinearQ8_0::new(x, q, s, bias, y, r, i, o, has_bias)?,
+                        rows,
+                        outputs,
+                    ),
+                    DType::Q4_0 => self.product(
+                        &k::Q4_0,
+                        args::LinearQ4_0::new(x, q, s, bias, y, r, i, o, has_bias)?,
+                        rows,
+                        outputs,
+                    ),
+                    DType::Q4_1 => self.product(
+                        &k::Q4_1,
+                        args::LinearQ4_1::new(x, q, s, bias, y, r, i, o, has_bias)?,
+                        rows,
+                        outputs,
+                    ),
+                    DType::Q4_K => {
+                        let args = args::LinearQ4_K::new(x, q, s, u, bias, y, r, i, o, has_bias)?;
+                        self.product(&k::Q4_K, args, rows, outputs)
+                    }
+                    _ => {
+                        let args = args::LinearQ6_K::new(x, q, h, s, u, bias, y, r, i, o, has_bias)?;
+                        self.product(&k::Q6_K, args, rows, outputs)
+                    }
+                }
             }
             Form::Plain(w, size) => {
                 let args = args::Dense::new(w.all(), x, bias, y, r, o, i, *size as u32, has_bias)?;
@@ -189,16 +253,61 @@ impl Backend for Cuda {
         }
     }
 
+    fn linear_glu(
+        &self,
+        y: Dst<'_, bf16>,
+        x: Src<'_, bf16>,
+        gate: &CudaWeight,
+        up: &CudaWeight,
+        act: Activation,
+        scratch: &mut CudaBuf<f32>,
+        rows: usize,
+    ) -> Result<()> {
+        let (outputs, inputs) = (gate.rows(), gate.cols());
+        if (up.rows(), up.cols()) != (outputs, inputs) {
+            bail!(Shape, "gate is [{outputs}, {inputs}], up is [{}, {}]", up.rows(), up.cols());
+        }
+        let (r, i, o, a) = (rows as u32, inputs as u32, outputs as u32, number(act));
+        if (1..=64).contains(&rows) {
+            match (&gate.form, &up.form) {
+                (Form::Bf16(g), Form::Bf16(u)) if inputs % 8 == 0 => {
+                    let args = args::LinearGlu::new(x, g.all(), u.all(), y, r, i, o, a)?;
+                    let (kernel, grid) = few(&k::BF16.glu, rows, outputs, 16);
+                    return self.launch(kernel, args, grid, THREADS, 0);
+                }
+                (Form::Blocks(f, _, g), Form::Blocks(other, _, u)) if f == other => {
+                    let (gq, gh, gs, gu) = (g.quants.all(), g.high.all(), g.scales.all(), g.supers.all());
+                    let (uq, uh, us, uu) = (u.quants.all(), u.high.all(), u.scales.all(), u.supers.all());
+                    macro_rules! launch {
+                        ($family:ident, $args:ident, $($plane:ident),*) => {{
+                            let args = args::$args::new(x, $($plane,)* y, r, i, o, a)?;
+                            let (kernel, grid) = few(&k::$family.glu, rows, outputs, 16);
+                            return self.launch(kernel, args, grid, THREADS, 0);
+                        }};
+                    }
+                    match f {
+                        DType::Q8_0 => launch!(Q8_0, LinearGluQ8_0, gq, gs, uq, us),
+                        DType::Q4_0 => launch!(Q4_0, LinearGluQ4_0, gq, gs, uq, us),
+                        DType::Q4_1 => launch!(Q4_1, LinearGluQ4_1, gq, gs, uq, us),
+                        DType::Q4_K => launch!(Q4_K, LinearGluQ4_K, gq, gs, gu, uq, us, uu),
+                        _ => launch!(Q6_K, LinearGluQ6_K, gq, gh, gs, gu, uq, uh, us, uu),
+                    }
+                }
+                _ => {}
+            }
+        }
+        let n = rows * outputs;
+        self.linear(scratch.view_mut(0..n), x, gate, None)?;
+        self.linear(scratch.view_mut(n..2 * n), x, up, None)?;
+        self.glu(y, scratch.view(0..n), scratch.view(n..2 * n), act)
+    }
+
     fn glu(&self, y: Dst<'_, bf16>, gate: Src<'_, f32>, up: Src<'_, f32>, act: Activation) -> Result<()> {
         let n = y.len();
         if n == 0 {
             return Ok(());
         }
-        let act = match act {
-            Activation::Silu => 0,
-            Activation::GeluTanh => 1,
-        };
-        self.launch(k::GLU, args::Glu::new(gate, up, y, n as u32, act)?, spread(n), THREADS, 0)
+        self.launch(k::GLU, args::Glu::new(gate, up, y, n as u32, number(act))?, spread(n), THREADS, 0)
     }
 
     fn rope(&self, x: Dst<'_, f32>, table: Src<'_, f32>, head_dim: usize) -> Result<()> {
@@ -295,6 +404,15 @@ impl Backend for Cuda {
         }
         let (kv_heads, head_dim, group) = (spec.kv_heads, spec.head_dim, spec.heads / spec.kv_heads);
         let longest = segments.iter().map(|s| s.rows * group).max().unwrap_or(0);
+        let trees = segments.iter().any(|s| matches!(s.mask, Mask::Tree(_)));
+        let prefill = match head_dim {
+            64 => Some((k::PREFILL_64, 128)),
+            96 => Some((k::PREFILL_96, 128)),
+            128 => Some((k::PREFILL_128, 128)),
+            256 => Some((k::PREFILL_256, 64)),
+            _ => None,
+        };
+        let prefill = prefill.filter(|_| !self.row_independent && !trees && longest >= 128);
         let (kernel, tile) = match (head_dim, longest <= 16) {
             (64, true) => (k::ATTEND_64_M16, 16),
             (64, false) => (k::ATTEND_64_M64, 64),
@@ -309,7 +427,7 @@ impl Backend for Cuda {
         let keys = segments.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
         let chunks = keys.div_ceil(KEY_CHUNK);
         let ld = head_dim.div_ceil(16) * 16 + 8;
-        let shared = |stages: usize| 2 * (tile * ld + stages * 128 * ld + tile * 72) + 16 * tile;
+        let shared = |stages: usize| 2 * (tile * ld + stages * 128 * ld + tile * 72) + 24 * tile;
         let stages = if shared(2) <= self.stream.shared_memory() { 2 } else { 1 };
         let heads = rows * kv_heads * group;
         let mut small = self.small();
@@ -335,8 +453,12 @@ impl Backend for Cuda {
             stages as u32,
             spec.scale,
         )?;
-        let tiles = (rows * group + segs.len() * (tile - 1)) / tile;
-        self.launch(kernel, args, [tiles, chunks, kv_heads], 128, shared(stages))?;
+        let tiles = |tile: usize| (rows * group + segs.len() * (tile - 1)) / tile;
+        if let Some((kernel, tile)) = prefill {
+            let shared = 2 * (tile + 128) * (head_dim + 8) + 8 * tile;
+            return self.launch(kernel, args, [tiles(tile), kv_heads, 1], 128, shared);
+        }
+        self.launch(kernel, args, [tiles(tile), chunks, kv_heads], 128, shared(stages))?;
         if chunks > 1 {
             self.launch(k::ATTEND_MERGE, args, [(heads * head_dim / 4).div_ceil(128), 1, 1], 128, 0)?;
         }
