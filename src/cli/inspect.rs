@@ -7,6 +7,7 @@ use serde_json::json;
 use super::flags::{Common, InspectArgs};
 use super::out;
 use crate::backend::cpu::{Compute, Tier, kv::CpuKv};
+use crate::backend::cuda;
 use crate::engine::default_threads;
 use crate::error::Result;
 use crate::format::Checkpoint;
@@ -28,6 +29,7 @@ pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
     let context = args.context.min(c.context);
     let kv = CpuKv::alloc(c.layers, 1, c.kv_dim(), compute)?.row_bytes() * context;
     let features = cpu_features();
+    let gpus = cuda::devices().ok();
     if common.json {
         let tensors: Vec<_> = entries
             .iter()
@@ -49,7 +51,7 @@ pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
             "tensors": tensors,
             "memory": {"context": context, "weights_bytes": weights, "kv_bytes": kv},
             "devices": {"cpu": {"tier": Tier::detect().to_string(), "threads": default_threads(), "features": features},
-                "cuda": null},
+                "cuda": {"kernels": cuda::KERNELS, "devices": gpus.as_deref().unwrap_or_default()}},
         }));
     }
     let mb = |b: u64| b as f64 / 1e6;
@@ -87,10 +89,16 @@ pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
         if compute == Compute::Fast { "f16" } else { "f32" }
     );
     text += &format!(
-        "cpu: {} kernels, {} threads, {}\ncuda: not in this build\n",
+        "cpu: {} kernels, {} threads, {}\ncuda: {}; {}\n",
         Tier::detect(),
         default_threads(),
-        if features.is_empty() { "no extensions known".into() } else { features.join(" ") }
+        if features.is_empty() { "no extensions known".into() } else { features.join(" ") },
+        if cuda::KERNELS {
+            "kernels in this binary"
+        } else {
+            "no kernels in this binary (no nvcc was found to build them)"
+        },
+        gpus.map_or_else(|| "no usable driver or GPU".into(), |g| g.join(", "))
     );
     if args.tensors {
         for e in &entries {

@@ -26,6 +26,7 @@ pub use session::{Finish, Generate, Generation, Piece, Session};
 
 use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::naive::Naive;
 use crate::error::{Context, Error, ErrorKind, Result, bail};
 pub use crate::format::Message;
@@ -151,8 +152,19 @@ impl Engine {
             let progress = |done, total| o.progress.iter().for_each(|p| p(done, total));
             Ok(Box::new(Shared(Arc::new(Model::load(Arc::new(be), source, progress).context(|| "weights".into())?))))
         }
+        // A GPU that cannot run the kernels is an error only where it was asked for by name.
+        let gpu = match options.device {
+            Device::Cuda => Some(Cuda::open(0)?),
+            Device::Auto if options.tier.is_none() && cuda::available() => Cuda::open(0).ok(),
+            _ => None,
+        };
+        if let Some(gpu) = gpu {
+            let name = format!("cuda ({})", gpu.name());
+            return Ok((on(gpu, source, options)?, name, 0));
+        }
         match options.device {
-            Device::Auto | Device::Cpu => {
+            Device::Naive => Ok((on(Naive, source, options)?, "naive (f64)".into(), 1)),
+            _ => {
                 let threads = if options.threads == 0 { default_threads() } else { options.threads };
                 let best = Tier::detect();
                 let tier = options.tier.unwrap_or(best);
@@ -162,8 +174,6 @@ impl Engine {
                 let model = on(Cpu::with(threads, tier, options.compute), source, options)?;
                 Ok((model, format!("cpu ({tier}, {threads} threads)"), threads))
             }
-            Device::Naive => Ok((on(Naive, source, options)?, "naive (f64)".into(), 1)),
-            Device::Cuda => bail!(Unsupported, "this build has no CUDA backend; use --device cpu"),
         }
     }
 

@@ -57,6 +57,21 @@ pub fn available() -> bool {
     !images::FATBINS.is_empty() && present().is_ok()
 }
 
+/// Names of this machine's GPUs that a driver knows, with their compute capabilities.
+///
+/// # Errors
+/// `Device`: no driver, no GPU.
+pub fn devices() -> Result<Vec<String>> {
+    present()?;
+    let count = result::device::get_count().map_err(device)?;
+    let name = |i: i32| {
+        let context = CudaContext::new(i as usize).map_err(device)?;
+        let (major, minor) = context.compute_capability().map_err(device)?;
+        Ok(format!("{} ({major}.{minor})", context.name().map_err(device)?))
+    };
+    (0..count).map(name).collect()
+}
+
 impl Cuda {
     /// GPU number `ordinal`.
     ///

@@ -17,7 +17,10 @@ mod weight;
 
 use std::fmt::Display;
 
-pub use device::{Cuda, available};
+pub use device::{Cuda, available, devices};
+
+/// Whether this binary holds kernels: an nvcc was found when it was built.
+pub const KERNELS: bool = cfg!(kernels);
 pub use kv::CudaKv;
 pub use memory::{CudaBuf, Dst, Src};
 pub use weight::CudaWeight;
@@ -28,7 +31,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub trait Args: Copy {}
 
 /// Argument structs of all kernels, from `kernels/args/*.h`.
-#[allow(missing_docs, non_camel_case_types)]
+// Generated: plain rather than pretty.
+#[allow(missing_docs, non_camel_case_types, clippy::all)]
 pub mod args {
     include!(concat!(env!("OUT_DIR"), "/args.rs"));
 }

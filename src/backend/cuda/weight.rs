@@ -27,7 +27,7 @@ pub(super) enum Form {
     /// Row-major, elements of 2 (f16) or 4 (f32) bytes.
     Plain(CudaBuf<u8>, usize),
     /// Planes of small integers and of their scales.
-    Blocks(DType, Words, Planes<CudaBuf<u32>>),
+    Blocks(DType, Words, Box<Planes<CudaBuf<u32>>>),
 }
 
 impl CudaWeight {
@@ -40,7 +40,7 @@ impl CudaWeight {
                 let of = |plane: Vec<u32>| CudaBuf::of(stream, &plane);
                 let planes =
                     Planes { quants: of(p.quants)?, high: of(p.high)?, scales: of(p.scales)?, supers: of(p.supers)? };
-                Form::Blocks(dtype, words, planes)
+                Form::Blocks(dtype, words, Box::new(planes))
             }
             (DType::BF16, _) => Form::Bf16(CudaBuf::of(stream, &bytemuck::pod_collect_to_vec::<u8, bf16>(&t.data))?),
             (DType::F16, _) => Form::Plain(CudaBuf::of(stream, &t.data)?, 2),
