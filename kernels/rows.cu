@@ -4,6 +4,7 @@
 // inputs once from it: a row that is passed over twice comes from the caches the second time. Threads stride by the block's
 // width, so that a warp's accesses are one line whatever the alignment of a row is. Every block has 256 threads.
 #include "rt/gpu.cuh"
+#include "rt/activation.cuh"
 
 constexpr u32 THREADS = 256;
 
@@ -120,13 +121,10 @@ KERNEL(head_norm, HeadNorm, THREADS) {
   for (u32 i = lane; i < a.head_dim; i += 32) x[i] = x[i] * f * a.w[i];
 }
 
-DEVICE float silu(float x) { return x / (1.f + gpu::ex2(-1.44269504f * x)); }
-DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x))); }
-
 KERNEL(glu, Glu, THREADS) {
   for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < a.n; i += gridDim.x * THREADS) {
     const float g = a.gate[i];
-    a.y[i] = gpu::to_bf16((a.act ? gelu_tanh(g) : silu(g)) * a.up[i]);
+    a.y[i] = gpu::to_bf16(activate(a.act, g) * a.up[i]);
   }
 }
 

@@ -1,6 +1,8 @@
 //! What speculation and reproducibility rest on: a row's result depends neither on the rows beside it, nor on the number
 //! of threads, nor on whether its keys were committed or staged, in a line or in a tree. All comparisons are of bits.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -174,13 +176,12 @@ fn sequences_of_one_pass_do_not_mix() {
     sequences_do_not_mix(Run::new("tiny-gemma3", Cpu::with(2, Tier::detect(), Compute::Fast)), &mut Rng::new(13));
 }
 
-#[cfg(feature = "emu")]
 #[test]
-fn cuda_emulated_rows_are_independent() {
-    use quadriga::backend::cuda::Cuda;
+fn cuda_rows_are_independent() {
     let mut rng = Rng::new(14);
     for name in ["tiny-gguf/k.gguf", "tiny-mistral", "tiny-gemma3"] {
-        let mut run = Run::new(name, Cuda::emulated().unwrap());
+        let Some(cuda) = common::gpu() else { return };
+        let mut run = Run::new(name, cuda);
         let tokens = random(&mut rng, 40, run.model.config().vocab);
         let single = run.one_by_one(&tokens);
         batches_equal_singles(&mut run, &single, &tokens, &mut rng, name);
@@ -190,5 +191,7 @@ fn cuda_emulated_rows_are_independent() {
             |a: &[u32], b: &[u32]| a.iter().zip(b).all(|(a, b)| (f32::from_bits(*a) - f32::from_bits(*b)).abs() < 0.05);
         tree_paths_equal_lines(run, &mut rng, name, near);
     }
-    sequences_do_not_mix(Run::new("tiny-gemma3", Cuda::emulated().unwrap()), &mut rng);
+    if let Some(cuda) = common::gpu() {
+        sequences_do_not_mix(Run::new("tiny-gemma3", cuda), &mut rng);
+    }
 }

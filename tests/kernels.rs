@@ -4,6 +4,8 @@
 //! types in which the backend keeps them, plus a term of f32 rounding that grows with the root of the longest sum. "Kept"
 //! includes int8 activations per block of 32 where a fast CPU product rounds them so, and f16 keys and values.
 
+mod common;
+
 use quadriga::backend::Backend;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
@@ -119,14 +121,23 @@ fn cpu_fast_meets_the_specification() {
     }
 }
 
-#[cfg(feature = "emu")]
 #[test]
-fn cuda_emulated_meets_the_specification() {
-    let cuda = quadriga::backend::cuda::Cuda::emulated().unwrap();
+fn cuda_meets_the_specification() {
+    let Some(cuda) = common::gpu() else { return };
     let kept = Kept { quantized: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
-    check("cuda emulated", &cuda, kept);
-    fused_equals_composed("cuda emulated", &cuda);
-    check("cuda emulated, fastest", &cuda.fastest(), kept);
+    check("cuda", &cuda, kept);
+    fused_equals_composed("cuda", &cuda);
+    check("cuda, fastest", &cuda.fastest(), kept);
+}
+
+/// The roofs and a timed row on the GPU: small on an emulated one, whose times mean nothing.
+#[test]
+fn cuda_is_timed() {
+    let Some(cuda) = common::gpu() else { return };
+    let peaks = cuda.peaks(1 << 20, 4).unwrap();
+    assert!(peaks.memory > 0.0 && peaks.bf16 > 0.0 && peaks.bf16.is_finite());
+    let mut p = Prepared::new(&cuda, Op::RmsNorm { rows: 3, d: 64 }, Setup::default()).unwrap();
+    assert!(p.time(3, 1e-6).unwrap().iter().all(|s| *s > 0.0));
 }
 
 #[test]

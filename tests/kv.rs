@@ -1,5 +1,7 @@
 //! Random programs of stage, commit, truncate and fork against the plain sequence they should amount to.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,9 +29,7 @@ fn random_programs_equal_a_vector() {
         let cpu = Cpu::with(2, Tier::detect(), compute);
         programs_equal_a_vector(Model::load(Arc::new(cpu), &checkpoint, |_, _| {}).unwrap(), 12);
     }
-    #[cfg(feature = "emu")]
-    {
-        let cuda = quadriga::backend::cuda::Cuda::emulated().unwrap();
+    if let Some(cuda) = common::gpu() {
         programs_equal_a_vector(Model::load(Arc::new(cuda), &checkpoint, |_, _| {}).unwrap(), 4);
     }
 }

@@ -1,6 +1,8 @@
 //! The decoder against goldens of an independent implementation (`scripts/reference.py`), for every family, on every
 //! backend: logits, greedy continuations, states of each layer, token trees, full attention.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -183,14 +185,13 @@ fn cpu_fast_is_near() {
     }
 }
 
-#[cfg(feature = "emu")]
 #[test]
-fn cuda_emulated_is_near() {
+fn cuda_is_near() {
     for (path, golden) in fixtures() {
         let golden = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
         // Operands of products, keys, values and probabilities in bf16: off by up to 0.27 in the family that multiplies its
         // embeddings, 0.12 in the others.
-        let be = quadriga::backend::cuda::Cuda::emulated().unwrap();
-        Runner::new(be, &path, 0.5, "cuda emulated").check(&golden);
+        let Some(be) = common::gpu() else { return };
+        Runner::new(be, &path, 0.5, "cuda").check(&golden);
     }
 }

@@ -2,5 +2,6 @@
 #pragma once
 #include "attention.h"
 #include "matmul.h"
+#include "peak.h"
 #include "rows.h"
 #include "sampling.h"

@@ -6,6 +6,7 @@ use super::flags::{BenchKernelsArgs, Common, DeviceFlag};
 use super::out::{self, round};
 use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
+use crate::backend::cuda::{Cuda, CudaPeaks};
 use crate::bench::peaks::CpuPeaks;
 use crate::bench::{Case, Op, Prepared, Setup, ops};
 use crate::engine::default_threads;
@@ -37,11 +38,31 @@ impl Roofs for CpuRoofs {
     }
 }
 
+impl Roofs for CudaPeaks {
+    fn of(&self, _op: &Op, _cold: bool) -> (Peaks, &'static str) {
+        (Peaks { bytes_per_s: self.memory, flops_per_s: self.bf16 }, "memory")
+    }
+}
+
+/// Bytes of the copy that measures a GPU's memory.
+const COPY: usize = 1 << 30;
+
+fn run_cuda(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
+    let cuda = Cuda::open(0)?;
+    let peaks = cuda.peaks(COPY, 1 << 12)?;
+    let device = format!("cuda {}", cuda.name());
+    eprintln!("{device}: copies {:.1} GB/s, bf16 products {:.1} TFLOP/s", peaks.memory / 1e9, peaks.bf16 / 1e12);
+    let setup = Setup { seed: common.seed, working_set: WORKING_SET, kv_bytes: 2, ..Setup::default() };
+    rows(&cuda, &device, &peaks, setup, common.json, args)
+}
+
 pub(super) fn run(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
     ensure!(args.samples > 0, Usage, "--samples must be at least 1");
     ensure!(common.threads <= 1024, Usage, "--threads {} is impossible: expected 0 to 1024", common.threads);
-    if !matches!(common.device, DeviceFlag::Auto | DeviceFlag::Cpu) {
-        bail!(Unsupported, "bench kernels runs on --device cpu");
+    match common.device {
+        DeviceFlag::Cuda => return run_cuda(common, args),
+        DeviceFlag::Naive => bail!(Unsupported, "bench kernels runs on --device cpu or cuda"),
+        DeviceFlag::Auto | DeviceFlag::Cpu => {}
     }
     let tier = common.tier().unwrap_or_else(Tier::detect);
     ensure!(tier <= Tier::detect(), Unsupported, "this machine has no {tier} instructions");

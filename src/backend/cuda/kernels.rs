@@ -103,6 +103,9 @@ kernels! {
     "gemv" {
         LINEAR_BF16_ODD: LinearOdd = "linear_bf16_odd";
     }
+    "peak" {
+        MMA_PEAK: MmaPeak = "mma_peak";
+    }
     "kv" {
         KV_STAGE: KvStage = "kv_stage";
         ROPE_STAGE: RopeStage = "rope_stage";

@@ -13,6 +13,7 @@ mod kv;
 mod memory;
 mod ops;
 mod pack;
+mod peaks;
 mod weight;
 
 use std::fmt::Display;
@@ -23,6 +24,7 @@ pub use device::{Cuda, available, devices};
 pub const KERNELS: bool = cfg!(kernels);
 pub use kv::CudaKv;
 pub use memory::{CudaBuf, Dst, Src};
+pub use peaks::CudaPeaks;
 pub use weight::CudaWeight;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -1,0 +1,17 @@
+//! What test files share.
+
+use quadriga::backend::cuda::Cuda;
+
+/// The GPU that CUDA tests run on: the emulated one with feature `emu`, else the machine's; without either they are skipped.
+pub fn gpu() -> Option<Cuda> {
+    #[cfg(feature = "emu")]
+    return Some(Cuda::emulated().unwrap());
+    #[cfg(not(feature = "emu"))]
+    {
+        if quadriga::backend::cuda::available() {
+            return Some(Cuda::open(0).unwrap());
+        }
+        eprintln!("SKIPPED: no GPU, or no CUDA kernels in this build; --features emu runs them on the CPU");
+        None
+    }
+}
