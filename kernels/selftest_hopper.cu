@@ -176,7 +176,7 @@ struct StPipeline {
   float* d;
   uint32_t k;
 };
-KERNEL_RESIDENT(st_pipeline, StPipeline, 256, 1) {
+KERNEL(st_pipeline, StPipeline, 256, 1) {
 #if GPU_HOPPER
   constexpr int STAGES = 3, TILE = 64 * 128;
   GPU_DYN_SMEM(unsigned char, s);

@@ -4,7 +4,6 @@
 // are NaN until they are waited for. These functions are compiled with the kernel, so that the sanitizers see what they touch.
 #pragma once
 #define GPU_HOPPER 1
-#define KERNEL_RESIDENT(name, Args, threads, blocks) KERNEL(name, Args, threads)
 
 struct alignas(64) EmuTensorMap {
   uint64_t magic;

@@ -7,9 +7,6 @@
 #else
 #define GPU_HOPPER 0
 #endif
-// KERNEL whose registers are capped so that `blocks` fit a multiprocessor: setmaxnreg wants to know.
-#define KERNEL_RESIDENT(name, Args, threads, blocks) \
-  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
 namespace gpu {
 // A CUtensorMap, made on the host by cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {
