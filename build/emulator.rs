@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 use std::env;
 
@@ -17,8 +18,17 @@ pub fn build(kernels: &[PathBuf], out: &Path) {
     let files = own.iter().map(|f| (f, false)).chain(kernels.iter().map(|f| (f, true)));
     let mut objects = Vec::new();
     let mut running = Vec::new();
+    // Any header may be in any file: one that changed makes all again, a source only itself.
+    let headers = ["kernels/rt", "kernels/args", "kernels/emu"].map(Path::new);
+    let newest = headers.iter().flat_map(|d| newest(d)).chain(modified(&out.join("args_check.h"))).max();
     for (file, kernel) in files {
-        let object = out.join(file.file_name().expect("a file has a name")).with_extension("emu.o");
+        let name = file.file_name().and_then(|n| n.to_str()).expect("kernel files have plain names");
+        let object = out.join(format!("{name}.{}o", sanitize.as_deref().unwrap_or_default()));
+        let made = modified(&object);
+        if made > newest && made > modified(file) {
+            objects.push(object);
+            continue;
+        }
         let mut c = Command::new(&cxx);
         c.args(["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]);
         c.args(["-Ikernels", "-Ikernels/emu"]).arg("-I").arg(out);
@@ -38,6 +48,16 @@ pub fn build(kernels: &[PathBuf], out: &Path) {
     c.args(["-shared", "-pthread", "-Wl,-soname,libcuda.so", "-o"]).arg(&library).args(&objects).args(&sanitize);
     assert!(c.status().is_ok_and(|s| s.success()), "linking the kernel emulator failed");
     println!("cargo:rustc-env=QUADRIGA_EMU={}", library.display());
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    path.metadata().and_then(|m| m.modified()).ok()
+}
+
+/// When the newest header of a folder was written.
+fn newest(dir: &Path) -> Option<SystemTime> {
+    let headers = ["h", "cuh"].into_iter().flat_map(|e| super::with_extension(dir, e));
+    headers.filter_map(|h| modified(&h)).max()
 }
 
 fn finish((file, child): (&PathBuf, std::io::Result<std::process::Child>)) {

@@ -153,6 +153,5 @@ DEVICE void dense(const Dense& a) {
   s = warp_sum(s);
   if (lane == 0) a.y[(size_t)r * a.outputs + o] = a.has_bias ? s + a.bias[o] : s;
 }
-KERNEL(dense_bf16, Dense, THREADS) { dense<bf16_t>(a); }
 KERNEL(dense_f16, Dense, THREADS) { dense<f16_t>(a); }
 KERNEL(dense_f32, Dense, THREADS) { dense<float>(a); }

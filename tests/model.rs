@@ -189,9 +189,8 @@ fn cpu_fast_is_near() {
 fn cuda_is_near() {
     for (path, golden) in fixtures() {
         let golden = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
-        // Operands of products, keys, values and probabilities in bf16: off by up to 0.27 in the family that multiplies its
-        // embeddings, 0.12 in the others.
+        // Operands of products, keys, values and probabilities in bf16: off by 0.11 to 0.27 at most, by fixture.
         let Some(be) = common::gpu() else { return };
-        Runner::new(be, &path, 0.5, "cuda").check(&golden);
+        Runner::new(be, &path, 0.3, "cuda").check(&golden);
     }
 }

@@ -107,21 +107,20 @@ fn gemma_knows_france() {
     }
 }
 
-/// What rounding activations costs in quality, on 4,000 tokens of this project's own prose and code, each half of it by itself.
+/// What rounding activations costs in quality, on the first 4,000 tokens of a fixed text: this project's documents as they
+/// once were, on which int8 activations before the Q8_0 head lost 0.52 %.
 #[test]
 fn fast_perplexity_is_within_half_a_percent_of_exact() {
     let Some(path) = model(SMOLLM2) else { return };
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let texts = [&["docs/architecture.md", "docs/measuring.md", "models/README.md"][..], &["src/format/gguf.rs"]];
-    let texts =
-        texts.map(|files| -> String { files.iter().map(|f| std::fs::read_to_string(root.join(f)).unwrap()).collect() });
+    let text = include_str!("golden/perplexity.txt");
     let nll = |compute| {
         let engine = Engine::open_with(&path, EngineOptions::default().compute(compute)).unwrap();
+        let mut ids = engine.tokenizer().unwrap().encode(text, true, false).unwrap();
+        assert!(ids.len() >= 4000, "{} tokens", ids.len());
+        ids.truncate(4000);
         let (mut sum, mut n) = (0.0, 0);
-        for text in &texts {
-            let ids = engine.tokenizer().unwrap().encode(text, true, false).unwrap();
-            assert!(ids.len() >= 2000, "{} tokens", ids.len());
-            engine.session(2000, 0).unwrap().nll(&ids[..2000], |x| (sum, n) = (sum + x, n + 1)).unwrap();
+        for chunk in ids.chunks(2000) {
+            engine.session(2000, 0).unwrap().nll(chunk, |x| (sum, n) = (sum + x, n + 1)).unwrap();
         }
         sum / n as f64
     };

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
 use super::out;
-use crate::decode::sampler::top_k;
+use crate::backend::cpu::{Tier, logits::top_k};
 use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
 
@@ -28,7 +28,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     session.prefill()?;
     let prefill_s = start.elapsed().as_secs_f64();
     let mut top: Vec<Value> = Vec::new();
-    let best = |s: &Session| json!(top_k(s.logits(), args.top_logits));
+    let best = |s: &Session| json!(top_k(Tier::detect(), s.logits(), args.top_logits));
     if args.top_logits > 0 && args.sampling.max_tokens == 0 {
         top.push(best(&session));
     }

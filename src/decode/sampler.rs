@@ -144,19 +144,6 @@ pub fn argmax(logits: &[f32]) -> Result<usize> {
     Ok(best)
 }
 
-/// The `k` largest logits with their ids, largest first, lower ids first among equals.
-pub fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
-    let mut c: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &x)| (i as u32, x)).collect();
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let k = k.min(c.len());
-    if k > 0 && k < c.len() {
-        c.select_nth_unstable_by(k - 1, order);
-    }
-    c.truncate(k);
-    c.sort_unstable_by(order);
-    c
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,6 +203,5 @@ mod tests {
             assert!(Sampler::greedy().sample(&mut bad.to_vec(), &[], &mut r).is_err());
         }
         assert_eq!(argmax(&[1.0, 3.0, 3.0]).unwrap(), 1);
-        assert_eq!(top_k(&[1.0, 3.0, 2.0, 3.0], 3), [(1, 3.0), (3, 3.0), (2, 2.0)]);
     }
 }

@@ -150,23 +150,6 @@ pub fn gather_rows(y: &mut [f32], x: &[f32], rows: &[u32], d: usize) -> Result<(
     Ok(())
 }
 
-/// The rotation table of [`rope`] for rows at `positions`: `table[r, i]` = cos(positions\[r\] inv_freq\[i\]), and the sines
-/// behind the row's cosines. Angles are exact to f64, whatever the position.
-///
-/// # Errors
-/// Lengths that do not fit.
-pub fn rope_table(table: &mut [f32], positions: &[u32], inv_freq: &[f64]) -> Result<()> {
-    check_equal("rope_table", table.len(), positions.len() * 2 * inv_freq.len())?;
-    for (row, &p) in table.chunks_exact_mut((2 * inv_freq.len()).max(1)).zip(positions) {
-        let (cos, sin) = row.split_at_mut(inv_freq.len());
-        for ((c, s), f) in cos.iter_mut().zip(sin).zip(inv_freq) {
-            let (sin, cos) = (p as f64 * f).sin_cos();
-            (*c, *s) = (cos as f32, sin as f32);
-        }
-    }
-    Ok(())
-}
-
 /// Rotates every head of x in place: pair (i, i + head_dim/2) of row r by the angle whose cosine and sine are
 /// `table[r * head_dim + i]` and `table[r * head_dim + head_dim/2 + i]`.
 ///

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
 use cudarc::nvrtc::Ptx;
 
-use super::kernels::{FAMILY_FILES, FILES, Kernel};
+use super::kernels::{self, Kernel};
 use super::memory::{CudaBuf, Dst, Src};
 use super::{Args, images};
 use crate::dtype::Elem;
@@ -92,17 +92,15 @@ impl Cuda {
         let multiprocessors = context.attribute(count).map_err(device)? as usize;
         let mut modules = HashMap::new();
         let mut functions = HashMap::new();
-        for (file, names) in FILES.iter().chain(FAMILY_FILES) {
+        for (file, name) in kernels::all() {
             if !modules.contains_key(file) {
                 modules.insert(file, Self::module(&context, file)?);
             }
-            for &name in *names {
-                let f = modules[file].load_function(name).map_err(device)?;
-                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                let own = f.shared_size_bytes().unwrap_or(0);
-                f.set_attribute(most, shared_memory - own).map_err(device)?;
-                functions.insert(name, f);
-            }
+            let f = modules[file].load_function(name).map_err(device)?;
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let own = f.shared_size_bytes().map_err(device)?;
+            f.set_attribute(most, shared_memory - own).map_err(device)?;
+            functions.insert(name, f);
         }
         let stream =
             Arc::new(Stream { context, stream, functions, shared_memory: shared_memory as usize, multiprocessors });

@@ -21,6 +21,15 @@ pub(super) struct Family<A, G> {
     pub glu: [Kernel<G>; 4],
 }
 
+impl<A, G> Family<A, G> {
+    fn names(&self) -> [(&'static str, &'static str); 10] {
+        let (f, m, g) = (&self.few, &self.many, &self.glu);
+        let [a, b, c, d] = [f[0].name, f[1].name, f[2].name, f[3].name].map(|name| ("gemv", name));
+        let [i, j, k, l] = [g[0].name, g[1].name, g[2].name, g[3].name].map(|name| ("gemv", name));
+        [a, b, c, d, i, j, k, l, ("gemm", m[0].0.name), ("gemm", m[1].0.name)]
+    }
+}
+
 const fn kernel<A>(name: &'static str) -> Kernel<A> {
     Kernel { name, _args: PhantomData }
 }
@@ -29,7 +38,7 @@ macro_rules! kernels {
     ($($file:literal { $($id:ident: $args:ident = $name:literal;)* })*) => {
         $($(pub(super) const $id: Kernel<args::$args> = kernel($name);)*)*
         /// Files and the entry points in them.
-        pub(super) const FILES: &[(&str, &[&str])] = &[$(($file, &[$($name),*])),*];
+        const FILES: &[(&str, &[&str])] = &[$(($file, &[$($name),*])),*];
     };
 }
 
@@ -53,20 +62,11 @@ macro_rules! families {
                 kernel(concat!("linear_glu_", $name, "_64")),
             ],
         };)*
-        /// The same for the families.
-        pub(super) const FAMILY_FILES: &[(&str, &[&str])] = &[$(
-            ("gemv", &[
-                concat!("linear_", $name, "_8"),
-                concat!("linear_", $name, "_16"),
-                concat!("linear_", $name, "_32"),
-                concat!("linear_", $name, "_64"),
-                concat!("linear_glu_", $name, "_8"),
-                concat!("linear_glu_", $name, "_16"),
-                concat!("linear_glu_", $name, "_32"),
-                concat!("linear_glu_", $name, "_64"),
-            ]),
-            ("gemm", &[concat!("gemm_", $name, "_64"), concat!("gemm_", $name, "_128")]),
-        )*];
+        /// Every kernel's file and name.
+        pub(super) fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
+            let singles = FILES.iter().flat_map(|(file, names)| names.iter().map(move |name| (*file, *name)));
+            singles.chain([$($id.names()),*].into_iter().flatten())
+        }
     };
 }
 

@@ -1,4 +1,4 @@
-//! f32 products on AVX2: weights widened from a quantised format, and plain weights where they lie.
+//! f32 products on AVX2: weights widened from a quantised format, and plain weights row by row.
 //!
 //! Plain weights are row-major: a (row, channel) pair is one register of eight partial sums, reduced in a fixed order.
 //! Tiles are 4 channels by up to 3 rows, or 8 channels by one row: at least eight independent chains, which is what two

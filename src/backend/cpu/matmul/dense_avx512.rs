@@ -1,4 +1,4 @@
-//! Plain weights on AVX-512, row-major where they lie: a (row, channel) pair is one register of 16 partial sums, reduced in
+//! Plain weights on AVX-512, row-major: a (row, channel) pair is one register of 16 partial sums, reduced in
 //! a fixed order.
 //!
 //! Weights are widened to f32, one instruction for 16; or, bf16 with bf16 activations, multiplied as they are by

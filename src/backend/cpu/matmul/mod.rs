@@ -6,7 +6,7 @@
 //! order does not depend on the number of rows or threads: results are equal bit for bit.
 //!
 //! With [`Compute::Fast`] quantised weights are multiplied as integers: activations are rounded to int8 with a scale s_x
-//! for every 32 inputs, and y += s_w s_x (q_w . q_x) + m_w s_x sum(q_x). With [`Compute::Exact`] they are widened to f32.
+//! for every 32 inputs (to i16 for Q8_0), and y += s_w s_x (q_w . q_x) + m_w s_x sum(q_x). With [`Compute::Exact`] they are widened to f32.
 //! Plain types are multiplied in f32 either way, but for bf16 with [`Compute::Fast`] on AVX-512, whose activations are rounded
 //! to bf16 too.
 

@@ -105,8 +105,10 @@ fn rotation_turns_pairs_and_stages_keys() {
         let (qd, kd) = (dim * q_heads, dim * k_heads);
         let positions: Vec<u32> = (0..rows).map(|_| rng.below(100_000) as u32).collect();
         let freq: Vec<f64> = (0..dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / dim as f64)).collect();
-        let mut table = vec![0.0; rows * dim];
-        rope_table(&mut table, &positions, &freq).unwrap();
+        let angles = |p: &u32| freq.iter().map(|f| *p as f64 * f).collect::<Vec<_>>();
+        let row =
+            |a: Vec<f64>| a.iter().map(|a| a.cos() as f32).chain(a.iter().map(|a| a.sin() as f32)).collect::<Vec<_>>();
+        let table: Vec<f32> = positions.iter().flat_map(|p| row(angles(p))).collect();
         let (q, k, v) = (normals(&mut rng, rows * qd), normals(&mut rng, rows * kd), normals(&mut rng, rows * kd));
         let mut want = vec![0.0; rows * qd];
         for (r, p) in positions.iter().enumerate() {
@@ -158,6 +160,6 @@ fn what_does_not_fit_is_refused() {
     assert!(gather_rows(&mut y[..4], &x, &[6], 4).is_err() && gather_rows(&mut y[..4], &x, &[0, 1], 4).is_err());
     assert!(gather_rows(&mut y[..8], &x, &[2, 0], 4).is_ok());
     assert!(rope(&p, t, y, &x[..6], 3).is_err() && rope(&p, t, y, &x[..8], 4).is_err());
-    assert!(rope(&p, t, y, &x[..4], 4).is_ok() && rope_table(y, &[1, 2], &[0.5]).is_err());
+    assert!(rope(&p, t, y, &x[..4], 4).is_ok());
     assert!(rms_norm(&p, t, &mut [], &[], &w, 0.0).is_ok() && rope(&p, t, &mut [], &[], 4).is_ok());
 }
