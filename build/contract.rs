@@ -198,7 +198,6 @@ pub fn to_rust(structs: &[Struct]) -> String {
             continue;
         }
         constructor(&mut out, s);
-        // SAFETY of the marker: a struct of scalars and addresses, as the kernel declares it.
         let _ = writeln!(out, "impl super::Args for {} {{}}", s.name);
     }
     out

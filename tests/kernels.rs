@@ -130,6 +130,20 @@ fn cuda_meets_the_specification() {
     check("cuda, fastest", &cuda.fastest(), kept);
 }
 
+/// The generated checks name the kernel, the argument and the rule.
+#[test]
+fn cuda_refuses_what_breaks_a_contract() {
+    use quadriga::backend::Buffer;
+    let Some(cuda) = common::gpu() else { return };
+    let (x, w) = (cuda.alloc::<f32>(24).unwrap(), cuda.alloc::<f32>(8).unwrap());
+    let mut y = cuda.alloc(24).unwrap();
+    let short = cuda.rms_norm(y.head_mut(16), x.head(24), &w, 1e-5).unwrap_err().to_string();
+    assert_eq!(short, "RmsNorm: y must be 24 elements long, and is 16");
+    let negative = cuda.rms_norm(y.head_mut(24), x.head(24), &w, -1.0).unwrap_err().to_string();
+    assert_eq!(negative, "RmsNorm: eps must be >= 0, and is -1");
+    cuda.rms_norm(y.head_mut(24), x.head(24), &w, 1e-5).unwrap();
+}
+
 /// The roofs and a timed row on the GPU: small on an emulated one, whose times mean nothing.
 #[test]
 fn cuda_is_timed() {

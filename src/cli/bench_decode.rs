@@ -8,6 +8,7 @@ use super::flags::{BenchDecodeArgs, Common};
 use super::out::{self, median, round};
 use crate::backend::cpu::bandwidth::read_bandwidth;
 use crate::backend::cpu::pool::Pool;
+use crate::backend::cuda::Cuda;
 use crate::engine::Generate;
 use crate::error::{Result, bail};
 use crate::rng::Rng;
@@ -63,7 +64,10 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     }
     let peak = out::peak_rss_mb();
     // Last, since its half gigabyte must not count as ours.
-    let read = read_bandwidth(&Pool::new(engine.threads()), 512 << 20)?;
+    let read = match engine.threads() {
+        0 => Cuda::open(0)?.peaks(1 << 30, 1 << 10)?.memory,
+        threads => read_bandwidth(&Pool::new(threads), 512 << 20)?,
+    };
 
     let (prefill, decode) = (median(prefill), median(decode));
     let roof = decode * engine.bytes_per_token() as f64 / read;

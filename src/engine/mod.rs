@@ -219,7 +219,7 @@ impl Engine {
         &self.0.device
     }
 
-    /// CPU threads in use.
+    /// CPU threads in use, 0 on a GPU.
     pub fn threads(&self) -> usize {
         self.0.threads
     }
