@@ -9,7 +9,7 @@
 //     float eps;       // > 0
 //   };
 //
-// Extents are products of integer fields and literals, `[rows, d / 32, 2]`. Rules of a scalar are separated by commas. What
+// Extents are products of integer fields and literals, `[rows, (d + 31) / 32, 2]`. Rules of a scalar are separated by commas. What
 // follows a dash is prose: `u32 d; // % 8 == 0 - columns`.
 #pragma once
 typedef uint32_t u32;
