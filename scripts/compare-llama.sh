@@ -44,6 +44,8 @@ if [[ ! -x $bin/llama-bench || ! -x $bin/llama-quantize ]]; then
   "$tools/bin/pip" download -q --no-deps --no-binary llama-cpp-python -d "$scratch/sdist" llama-cpp-python==0.3.36
   mkdir -p "$llama"
   tar xzf "$scratch"/sdist/llama_cpp_python-0.3.36.tar.gz -C "$llama" --strip-components=1
+  # GCC 12 takes the writes to the tile configuration for dead, and AMX code then dies of SIGILL: keep them.
+  sed -i 's/_tile_loadconfig(&tc);/asm volatile("" : : "r"(\&tc) : "memory"); &/' "$llama/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
   "$cmake" -S "$llama/vendor/llama.cpp" -B "$llama/out" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
     -DLLAMA_BUILD_TESTS=OFF >"$llama/build.log"
   nice -n 10 "$cmake" --build "$llama/out" -j2 --target llama-bench llama-quantize >>"$llama/build.log" 2>&1 ||
