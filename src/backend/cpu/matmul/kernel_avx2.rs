@@ -10,7 +10,7 @@
 
 use std::arch::x86_64::*;
 
-use super::acts::{FINER, Quantized};
+use super::acts::{FINER, Quantized, Record, Wide, blocks_of};
 use super::layout::{Aligned, BLOCK, Layout, PANEL, fmt::*};
 use super::unpack_avx2::{Ints, UNPACKED, even_odd, group, groups, load, scales, sub_scales, unpack};
 use super::weight::PackedWeight;
@@ -33,11 +33,10 @@ const CHUNK: usize = 16;
 /// Rows of a tile: their records and their sums.
 #[derive(Clone, Copy)]
 struct Rows {
-    x: *const u8,
+    x: *const Record,
+    wide: *const Wide,
+    /// Records of a block: rows of the pass's tile.
     stride: usize,
-    /// Offsets of the int8 and i16 values in a record.
-    q: usize,
-    wide: usize,
     sums: *mut f32,
 }
 
@@ -45,27 +44,24 @@ impl Rows {
     /// Those from row `r`.
     unsafe fn from(self, r: usize) -> Self {
         // SAFETY: the caller's rows go beyond r.
-        unsafe { Self { x: self.x.add(r * self.stride), sums: self.sums.add(r * PANEL), ..self } }
+        unsafe { Self { x: self.x.add(r), wide: self.wide.wrapping_add(r), sums: self.sums.add(r * PANEL), ..self } }
     }
 }
 
-/// [`quantize_row`](super::acts::quantize_row) on AVX2, with the same results.
-pub(super) fn quantize(x: &[f32], out: &mut [[f32; 4]]) {
-    let blocks = x.len() / BLOCK;
-    let (meta, rest) = out.split_at_mut(blocks);
-    let (q, wide) = rest.split_at_mut(2 * blocks);
-    let q: &mut [[i8; BLOCK]] = bytemuck::cast_slice_mut(q);
-    let mut wide = bytemuck::cast_slice_mut::<_, [i16; BLOCK]>(wide).iter_mut();
-    for ((x, q), meta) in x.as_chunks::<BLOCK>().0.iter().zip(q).zip(meta) {
-        // SAFETY: the tier is available (a rule of `MatmulCx`).
-        *meta = unsafe { quantize_block(x, q, wide.next()) };
+/// [`quantize`](super::acts::quantize) on AVX2, with the same results.
+pub(super) fn quantize(x: &[f32], cols: usize, n: usize, block: usize, records: &mut [Record], wide: &mut [Wide]) {
+    #[target_feature(enable = "avx2")]
+    fn inner(x: &[f32], cols: usize, n: usize, block: usize, records: &mut [Record], wide: &mut [Wide]) {
+        blocks_of(x, cols, n, block, records, wide, |x, q, wide| quantize_block(x, q, wide));
     }
+    // SAFETY: the tier is available (a rule of `MatmulCx`).
+    unsafe { inner(x, cols, n, block, records, wide) }
 }
 
 /// One block: `[s, s * sum, s * first half's sum, s * second half's sum]`.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn quantize_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK], wide: Option<&mut [i16; BLOCK]>) -> [f32; 4] {
+fn quantize_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK], wide: Option<&mut Wide>) -> [f32; 4] {
     // SAFETY: loads and stores of whole arrays.
     unsafe {
         let at = x.as_ptr();
@@ -126,12 +122,11 @@ pub(super) fn glu(y: &mut [f32], gate: &[f32], up: &[f32], act: Activation) {
 pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n: usize, out: &mut Sums) {
     let panel = w.panel(p);
     let blocks = w.blocks();
-    let (records, stride) = x.records(first..first + n);
+    let (records, wide) = x.tile(first, n);
     assert!(panel.len() == Layout::of(w.dtype() as u8).panel(w.cols_len()) && n * PANEL <= out.len());
-    let has_wide = stride >= blocks * 112;
-    assert!(records.len() >= n * blocks * 48 && (w.dtype() as u8 != Q8_0 || has_wide));
+    assert!(records.len() == n * blocks && (w.dtype() as u8 != Q8_0 || wide.len() == records.len()));
     out[..n * PANEL].fill(0.0);
-    let rows = Rows { x: records.as_ptr(), stride, q: blocks * 16, wide: blocks * 48, sums: out.as_mut_ptr() };
+    let rows = Rows { x: records.as_ptr(), wide: wide.as_ptr(), stride: n, sums: out.as_mut_ptr() };
     // SAFETY: the tier is available; the panel holds `blocks` blocks of its format, the records n rows of as many, `out`
     // n rows of sums (all asserted above).
     unsafe {
@@ -226,27 +221,27 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
             let head = at;
             at = at.add(if U { 0 } else { layout.header });
             for _ in 0..sub {
-                let x: [*const u8; R] = std::array::from_fn(|r| rows.x.add(r * rows.stride));
+                let x = rows.x.add(k * rows.stride);
                 if !U {
                     prefetch::<F>(at, PREFETCH);
                 }
                 let dots = if layout.bits == 8 {
-                    dot_i16::<R>(at, x.map(|x| x.add(rows.wide + k * 64)))
+                    dot_i16::<R>(at, rows.wide.add(k * rows.stride))
                 } else {
-                    dot_u8::<F, U, R>(at, x.map(|x| x.add(rows.q + k * 32)))
+                    dot_u8::<F, U, R>(at, x)
                 };
                 let (scale, min) = scales::<F, U>(head, at);
                 for r in 0..R {
-                    let meta = x[r].add(k * 16).cast::<f32>();
-                    let s = _mm256_set1_ps(if layout.bits == 8 { *meta / FINER } else { *meta });
+                    let meta = (*x.add(r)).meta;
+                    let s = _mm256_set1_ps(if layout.bits == 8 { meta[0] / FINER } else { meta[0] });
                     for h in 0..2 {
                         let dot = _mm256_cvtepi32_ps(dots[r][h]);
                         let mut sum = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale[h], s), sums[r][h]);
                         if F == Q6_K {
-                            sum = _mm256_fmadd_ps(min[0][h], _mm256_broadcast_ss(&*meta.add(2)), sum);
-                            sum = _mm256_fmadd_ps(min[1][h], _mm256_broadcast_ss(&*meta.add(3)), sum);
+                            sum = _mm256_fmadd_ps(min[0][h], _mm256_broadcast_ss(&meta[2]), sum);
+                            sum = _mm256_fmadd_ps(min[1][h], _mm256_broadcast_ss(&meta[3]), sum);
                         } else if F != Q8_0 {
-                            sum = _mm256_fmadd_ps(min[0][h], _mm256_broadcast_ss(&*meta.add(1)), sum);
+                            sum = _mm256_fmadd_ps(min[0][h], _mm256_broadcast_ss(&meta[1]), sum);
                         }
                         sums[r][h] = sum;
                     }
@@ -279,10 +274,10 @@ fn pin(mut v: __m256i) -> __m256i {
 /// Integer dot products of a block of at most six bits with R rows (times the sub-scales, for Q6_K).
 ///
 /// # Safety
-/// As [`tile`]; `x` are the int8 values of the block.
+/// As [`tile`]; `x` are the R rows' records of the block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*const u8; R]) -> [Ints; R] {
+unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: *const Record) -> [Ints; R] {
     let zero = _mm256_setzero_si256();
     let mut dots = [[zero; 2]; R];
     let mut pairs = [[zero; 2]; R];
@@ -301,7 +296,7 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
             ($g:literal) => {
                 let weights = group::<F, U, $g>(w);
                 for r in 0..R {
-                    let x = _mm256_set1_epi32(x[r].add(4 * $g).cast::<i32>().read_unaligned());
+                    let x = _mm256_set1_epi32((&raw const (*x.add(r)).q[4 * $g]).cast::<i32>().read_unaligned());
                     for h in 0..2 {
                         let product = _mm256_maddubs_epi16(weights[h], x);
                         let fresh = $g % widen_every == 0;
@@ -328,17 +323,17 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
 /// Dot products of a block of i8 weights, as i16, with R rows of i16.
 ///
 /// # Safety
-/// As [`tile`]; `x` are the i16 values of the block.
+/// As [`tile`]; `x` are the R rows' i16 values of the block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn dot_i16<const R: usize>(w: *const u8, x: [*const u8; R]) -> [Ints; R] {
+unsafe fn dot_i16<const R: usize>(w: *const u8, x: *const Wide) -> [Ints; R] {
     let mut dots = [[_mm256_setzero_si256(); 2]; R];
     // SAFETY: the groups of a block and the 64 bytes of each row.
     unsafe {
         for g in 0..8 {
             for (odd, weights) in even_odd(load(w.add(g * 64))).iter().enumerate() {
                 for r in 0..R {
-                    let x = _mm256_set1_epi32(x[r].add(8 * g + 4 * odd).cast::<i32>().read_unaligned());
+                    let x = _mm256_set1_epi32(x.add(r).cast::<i32>().add(2 * g + odd).read_unaligned());
                     for h in 0..2 {
                         dots[r][h] = pin(_mm256_add_epi32(dots[r][h], _mm256_madd_epi16(weights[h], x)));
                     }

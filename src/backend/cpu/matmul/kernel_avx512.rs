@@ -3,24 +3,25 @@
 //! `vpdpbusd` adds four products of unsigned weights and int8 activations to each i32 lane, exactly; the activations'
 //! dword is broadcast from memory as its operand, so that a block of 32 inputs and one row are eight such instructions, a
 //! conversion and two or three multiplications. 8-bit weights are widened to i16 and meet the activations' i16 form in
-//! `vpdpwssd`. Registers hold the sums of eight rows.
+//! `vpdpwssd`. Registers hold the sums of twelve rows.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::acts::{FINER, Quantized};
+use super::acts::{FINER, Quantized, Record, Wide};
 use super::layout::{Aligned, Layout, PANEL, fmt::*};
 use super::unpack_avx2::groups;
 use super::weight::PackedWeight;
 use super::{Sums, TILE_ROWS};
 
 /// Rows of a tile.
-const ROWS: usize = 8;
+const ROWS: usize = 12;
 /// Blocks unpacked at a time.
 const CHUNK: usize = 16;
-/// How far ahead weights are asked for, in bytes.
-const PREFETCH: usize = 2048;
+/// How far ahead weights are asked for, in bytes: at a core's share of the bandwidth, what arrives within the time that
+/// memory takes to answer. Half of it costs a fifth of the speed of one row on Emerald Rapids.
+const PREFETCH: usize = 4096;
 /// An unpacked block: 512 bytes, then f32 scales and minima, both of both halves, for 16 channels.
 const UNPACKED: usize = 512 + 4 * 64;
 const SCALE: usize = 512;
@@ -29,7 +30,6 @@ const MIN: usize = SCALE + 128;
 /// Rows up to which every tile unpacks the weights anew; 8-bit weights are never unpacked.
 const fn direct_rows(format: u8) -> usize {
     match Layout::of(format).bits {
-        4 => 2 * ROWS,
         8 => TILE_ROWS,
         _ => ROWS,
     }
@@ -43,22 +43,21 @@ const fn halves_of(format: u8) -> usize {
 /// Rows of a tile: their records and their sums.
 #[derive(Clone, Copy)]
 struct Rows {
-    x: *const u8,
+    x: *const Record,
+    wide: *const Wide,
+    /// Records of a block: rows of the pass's tile.
     stride: usize,
-    /// Offsets of the int8 and i16 values in a record.
-    q: usize,
-    wide: usize,
     sums: *mut f32,
 }
 
 /// As `portable::fast`.
 pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n: usize, out: &mut Sums) {
     let (panel, blocks) = (w.panel(p), w.blocks());
-    let (records, stride) = x.records(first..first + n);
+    let (records, wide) = x.tile(first, n);
     assert!(panel.len() == Layout::of(w.dtype() as u8).panel(w.cols_len()) && n * PANEL <= out.len());
-    assert!(records.len() == n * stride && stride >= blocks * if w.dtype() as u8 == Q8_0 { 112 } else { 48 });
+    assert!(records.len() == n * blocks && (w.dtype() as u8 != Q8_0 || wide.len() == records.len()));
     out[..n * PANEL].fill(0.0);
-    let rows = Rows { x: records.as_ptr(), stride, q: blocks * 16, wide: blocks * 48, sums: out.as_mut_ptr() };
+    let rows = Rows { x: records.as_ptr(), wide: wide.as_ptr(), stride: n, sums: out.as_mut_ptr() };
     // SAFETY: the tier is available; the panel holds `blocks` blocks of its format, the records n rows of as many, `out`
     // n rows of sums (all asserted above).
     unsafe {
@@ -84,7 +83,7 @@ unsafe fn rows_of<const F: u8>(panel: *const u8, blocks: usize, rows: Rows, n: u
     // SAFETY: by this function's contract; chunks stay inside `blocks`. Unpacked blocks are alike but for their halves.
     unsafe {
         if n <= direct_rows(F) {
-            return tiles::<F, false>(panel, 0, blocks, rows, n);
+            return tiles::<F, false>(panel, Ahead::new::<F>(panel.wrapping_add(PREFETCH)), 0, blocks, rows, n);
         }
         let layout = const { Layout::of(F) };
         let mut buffer = MaybeUninit::<Aligned<[u8; CHUNK * UNPACKED]>>::uninit();
@@ -93,24 +92,44 @@ unsafe fn rows_of<const F: u8>(panel: *const u8, blocks: usize, rows: Rows, n: u
             let count = CHUNK.min(blocks - first);
             for k in 0..count {
                 let (head, block) = layout.block(first + k);
-                prefetch::<F>(panel.add(block), CHUNK * layout.stride);
                 unpack::<F>(panel.add(head), panel.add(block), buffer.add(k * UNPACKED));
             }
+            // The next chunk, which is unpacked after this one's products.
+            let ahead = Ahead::new::<F>(panel.wrapping_add(layout.block(first + CHUNK).1));
             if halves_of(F) == 2 {
-                tiles::<Q6_K, true>(buffer, first, count, rows, n);
+                tiles::<Q6_K, true>(buffer, ahead, first, count, rows, n);
             } else {
-                tiles::<Q4_1, true>(buffer, first, count, rows, n);
+                tiles::<Q4_1, true>(buffer, ahead, first, count, rows, n);
             }
         }
     }
 }
 
-/// Asks for a block's bytes `ahead` bytes from here.
-#[inline]
-fn prefetch<const F: u8>(at: *const u8, ahead: usize) {
-    for line in 0..const { Layout::of(F).stride.div_ceil(64) } {
-        // SAFETY: a hint, which may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line * 64).cast()) };
+/// What to ask memory for while blocks are multiplied: as much for each as a packed block has. Spread over the products,
+/// requests do not wait for each other.
+#[derive(Clone, Copy)]
+struct Ahead {
+    at: *const u8,
+    stride: usize,
+}
+
+impl Ahead {
+    /// Blocks of format F from `at` on, which may be any address.
+    fn new<const F: u8>(at: *const u8) -> Self {
+        Self { at, stride: const { Layout::of(F).stride } }
+    }
+
+    /// Nothing.
+    const NONE: Self = Self { at: std::ptr::null(), stride: 0 };
+
+    /// Asks for the next block.
+    #[inline(always)]
+    fn ask(&mut self) {
+        for line in (0..self.stride).step_by(64) {
+            // SAFETY: a hint, which may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at.wrapping_add(line).cast()) };
+        }
+        self.at = self.at.wrapping_add(self.stride);
     }
 }
 
@@ -119,25 +138,37 @@ fn prefetch<const F: u8>(at: *const u8, ahead: usize) {
 /// # Safety
 /// As [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn tiles<const F: u8, const U: bool>(w: *const u8, first: usize, count: usize, rows: Rows, n: usize) {
+unsafe fn tiles<const F: u8, const U: bool>(
+    w: *const u8,
+    mut ahead: Ahead,
+    first: usize,
+    count: usize,
+    rows: Rows,
+    n: usize,
+) {
     let mut r = 0;
     while r < n {
         let group = (n - r).div_ceil((n - r).div_ceil(ROWS));
         // SAFETY: by this function's contract; groups stay inside n.
         unsafe {
-            let rows = Rows { x: rows.x.add(r * rows.stride), sums: rows.sums.add(r * PANEL), ..rows };
+            let rows =
+                Rows { x: rows.x.add(r), wide: rows.wide.wrapping_add(r), sums: rows.sums.add(r * PANEL), ..rows };
             match group {
-                1 => tile::<F, U, 1>(w, first, count, rows),
-                2 => tile::<F, U, 2>(w, first, count, rows),
-                3 => tile::<F, U, 3>(w, first, count, rows),
-                4 => tile::<F, U, 4>(w, first, count, rows),
-                5 => tile::<F, U, 5>(w, first, count, rows),
-                6 => tile::<F, U, 6>(w, first, count, rows),
-                7 => tile::<F, U, 7>(w, first, count, rows),
-                _ => tile::<F, U, 8>(w, first, count, rows),
+                1 => tile::<F, U, 1>(w, ahead, first, count, rows),
+                2 => tile::<F, U, 2>(w, ahead, first, count, rows),
+                3 => tile::<F, U, 3>(w, ahead, first, count, rows),
+                4 => tile::<F, U, 4>(w, ahead, first, count, rows),
+                5 => tile::<F, U, 5>(w, ahead, first, count, rows),
+                6 => tile::<F, U, 6>(w, ahead, first, count, rows),
+                7 => tile::<F, U, 7>(w, ahead, first, count, rows),
+                8 => tile::<F, U, 8>(w, ahead, first, count, rows),
+                9 => tile::<F, U, 9>(w, ahead, first, count, rows),
+                10 => tile::<F, U, 10>(w, ahead, first, count, rows),
+                11 => tile::<F, U, 11>(w, ahead, first, count, rows),
+                _ => tile::<F, U, 12>(w, ahead, first, count, rows),
             }
         }
-        r += group;
+        (r, ahead) = (r + group, Ahead::NONE);
     }
 }
 
@@ -147,7 +178,13 @@ unsafe fn tiles<const F: u8, const U: bool>(w: *const u8, first: usize, count: u
 /// # Safety
 /// AVX-512; `w` holds `count` blocks from a superblock's begin on, `rows` R rows of `first + count` blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: usize, count: usize, rows: Rows) {
+unsafe fn tile<const F: u8, const U: bool, const R: usize>(
+    w: *const u8,
+    mut ahead: Ahead,
+    first: usize,
+    count: usize,
+    rows: Rows,
+) {
     let (layout, halves) = const { (Layout::of(F), halves_of(F)) };
     // SAFETY: every address below is inside a block or a record as the contract says; prefetches may go anywhere.
     unsafe {
@@ -161,24 +198,22 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
             let head = at;
             at = at.add(if U { 0 } else { layout.header });
             for _ in 0..sub {
-                if !U {
-                    prefetch::<F>(at, PREFETCH);
-                }
-                let x: [*const u8; R] = std::array::from_fn(|r| rows.x.add(r * rows.stride));
+                ahead.ask();
+                let x = rows.x.add(k * rows.stride);
                 let dots = if layout.bits == 8 {
-                    [dot_i16::<R>(at, x.map(|x| x.add(rows.wide + k * 64))), [_mm512_setzero_si512(); R]]
+                    [dot_i16::<R>(at, rows.wide.add(k * rows.stride)), [_mm512_setzero_si512(); R]]
                 } else {
-                    dot_u8::<F, U, R>(at, x.map(|x| x.add(rows.q + k * 32)))
+                    dot_u8::<F, U, R>(at, x)
                 };
                 let (scale, min) = scales::<F, U>(head, at);
                 for (r, sum) in sums.iter_mut().enumerate() {
-                    let meta = x[r].add(k * 16).cast::<f32>();
-                    let s = _mm512_set1_ps(if layout.bits == 8 { *meta / FINER } else { *meta });
+                    let meta = (*x.add(r)).meta;
+                    let s = _mm512_set1_ps(if layout.bits == 8 { meta[0] / FINER } else { meta[0] });
                     for half in 0..halves {
                         let dot = _mm512_cvtepi32_ps(dots[half][r]);
                         *sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale[half], s), *sum);
                         if F != Q8_0 {
-                            let x = *meta.add(if halves == 2 { 2 + half } else { 1 });
+                            let x = meta[if halves == 2 { 2 + half } else { 1 }];
                             *sum = _mm512_fmadd_ps(min[half], _mm512_set1_ps(x), *sum);
                         }
                     }
@@ -193,23 +228,48 @@ unsafe fn tile<const F: u8, const U: bool, const R: usize>(w: *const u8, first: 
     }
 }
 
-/// `v`, in a register, now. Left to itself the compiler finishes one row's chain of eight dot products before the next: more
-/// waiting instructions than a core can look over, where rows side by side are eight independent chains.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-#[inline]
-fn pin(mut v: __m512i) -> __m512i {
-    // SAFETY: no instruction.
-    unsafe { std::arch::asm!("/* {0} */", inout(zmm_reg) v, options(nostack, preserves_flags)) };
-    v
+/// `acc` and the dot products of its lanes' weights with the dword of activations at `x + at`, by instruction `$op`.
+///
+/// As an intrinsic the compiler takes some for a multiplication and an addition, and finishes one row's chain before the
+/// next: more waiting instructions than a core can look over, where rows side by side are independent chains.
+macro_rules! dot {
+    ($op:literal, $acc:expr, $weights:expr, $x:expr, $at:expr) => {
+        std::arch::asm!(
+            concat!($op, " {acc}, {w}, dword ptr [{x} + {at}]{{1to16}}"),
+            acc = inout(zmm_reg) $acc,
+            w = in(zmm_reg) $weights,
+            x = in(reg) $x,
+            at = const $at,
+            options(nostack, preserves_flags, readonly),
+        )
+    };
+}
+
+/// `$m!(row)` for every row of the largest tile.
+macro_rules! rows {
+    ($m:ident) => {
+        $m!(0);
+        $m!(1);
+        $m!(2);
+        $m!(3);
+        $m!(4);
+        $m!(5);
+        $m!(6);
+        $m!(7);
+        $m!(8);
+        $m!(9);
+        $m!(10);
+        $m!(11);
+    };
 }
 
 /// Integer dot products of (the halves of) a block of at most six bits with R rows.
 ///
 /// # Safety
-/// As [`tile`]; `x` are the int8 values of the block.
+/// As [`tile`]; `x` are the R rows' records of the block.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 #[inline]
-unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*const u8; R]) -> [[__m512i; R]; 2] {
+unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: *const Record) -> [[__m512i; R]; 2] {
     let halves = const { halves_of(F) };
     let mut dots = [[_mm512_setzero_si512(); R]; 2];
     // SAFETY: the groups of a block and the 32 bytes of each row.
@@ -217,10 +277,15 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
         macro_rules! group {
             ($g:literal) => {
                 let weights = group::<F, U, $g>(w);
-                for (x, dot) in x.iter().zip(&mut dots[$g / 4 * (halves - 1)]) {
-                    let x = _mm512_set1_epi32(x.add(4 * $g).cast::<i32>().read_unaligned());
-                    *dot = pin(_mm512_dpbusd_epi32(*dot, weights, x));
+                let dots = &mut dots[$g / 4 * (halves - 1)];
+                macro_rules! row {
+                    ($r:literal) => {
+                        if $r < R {
+                            dot!("vpdpbusd", dots[$r], weights, x, $r * size_of::<Record>() + 16 + 4 * $g);
+                        }
+                    };
                 }
+                rows!(row);
             };
         }
         groups!(group);
@@ -231,23 +296,30 @@ unsafe fn dot_u8<const F: u8, const U: bool, const R: usize>(w: *const u8, x: [*
 /// Dot products of a block of i8 weights, as i16, with R rows of i16.
 ///
 /// # Safety
-/// As [`tile`]; `x` are the i16 values of the block.
+/// As [`tile`]; `x` are the R rows' i16 values of the block.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 #[inline]
-unsafe fn dot_i16<const R: usize>(w: *const u8, x: [*const u8; R]) -> [__m512i; R] {
+unsafe fn dot_i16<const R: usize>(w: *const u8, x: *const Wide) -> [__m512i; R] {
     let mut dots = [_mm512_setzero_si512(); R];
     // SAFETY: the groups of a block and the 64 bytes of each row.
     unsafe {
-        for g in 0..8 {
-            let bytes = load(w.add(g * 64));
-            let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
-            for (odd, weights) in [even, _mm512_srai_epi16::<8>(bytes)].into_iter().enumerate() {
-                for (x, dot) in x.iter().zip(&mut dots) {
-                    let x = _mm512_set1_epi32(x.add(8 * g + 4 * odd).cast::<i32>().read_unaligned());
-                    *dot = pin(_mm512_dpwssd_epi32(*dot, weights, x));
+        macro_rules! group {
+            ($g:literal) => {
+                let bytes = load(w.add($g * 64));
+                let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
+                let odd = _mm512_srai_epi16::<8>(bytes);
+                macro_rules! row {
+                    ($r:literal) => {
+                        if $r < R {
+                            dot!("vpdpwssd", dots[$r], even, x, $r * size_of::<Wide>() + 8 * $g);
+                            dot!("vpdpwssd", dots[$r], odd, x, $r * size_of::<Wide>() + 8 * $g + 4);
+                        }
+                    };
                 }
-            }
+                rows!(row);
+            };
         }
+        groups!(group);
     }
     dots
 }

@@ -44,13 +44,12 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 use acts::{Acts, Quantized};
-use layout::PANEL;
 
 /// Rows that a panel is multiplied with at a time; their activations stay in the core's second-level cache.
 const TILE_ROWS: usize = 64;
 
-/// Results of one panel: `[row][channel]`.
-type Sums = [f32; TILE_ROWS * PANEL];
+/// Results of one panel: `[row][channel]`, room for the rows that are multiplied at a time.
+type Sums = [f32];
 
 /// Buffers that are reused from call to call, so that no token allocates.
 #[derive(Default)]

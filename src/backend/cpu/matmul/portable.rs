@@ -1,6 +1,6 @@
 //! The kernels in plain Rust: the same sums as the vector tiers compute, in loops that any compiler vectorises.
 
-use super::acts::{FINER, Quantized};
+use super::acts::{FINER, Quantized, Record};
 use super::layout::{BLOCK, Block, PANEL};
 use super::weight::PackedWeight;
 use super::{Sums, TILE_ROWS};
@@ -40,17 +40,17 @@ fn axpy(acc: &mut [f32; PANEL], w: &[f32; PANEL], x: f32) {
 /// Integer products of the quantised rows `first..first + n` with panel `p`.
 pub(super) fn fast(w: &PackedWeight, p: usize, x: Quantized<'_>, first: usize, n: usize, out: &mut Sums) {
     let panel = w.panel(p);
+    let (records, wides) = x.tile(first, n);
     out[..n * PANEL].fill(0.0);
     for k in 0..w.blocks() {
         let block = Block::new(w.dtype(), panel, k);
         let u = Unpacked::new(&block);
         for (r, y) in out.as_chunks_mut::<PANEL>().0[..n].iter_mut().enumerate() {
-            let meta = x.meta(first + r)[k];
-            let q = &x.q(first + r)[k * BLOCK..(k + 1) * BLOCK];
+            let Record { meta, q } = &records[k * n + r];
             for half in 0..2 {
                 let mut dot = [0.0; PANEL];
                 if w.dtype() == DType::Q8_0 {
-                    let wide = &x.wide(first + r)[k * BLOCK..(k + 1) * BLOCK];
+                    let wide = &wides[k * n + r];
                     for i in 16 * half..16 * half + 16 {
                         let x = wide[i / 4 * 4 + [0, 2, 1, 3][i % 4]];
                         axpy(&mut dot, &u.q[i], x as f32 / FINER);

@@ -1,8 +1,8 @@
 //! Dealing the panels of a job out to threads, and what becomes of a panel's sums.
 #![allow(unsafe_code)]
 
-use super::acts::quantize_row;
-use super::layout::{Aligned, PANEL};
+use super::acts::{self, Record, Wide};
+use super::layout::{Aligned, BLOCK, PANEL};
 use super::weight::PackedWeight;
 use super::{Inputs, Job, MatmulCx, Sums, TILE_ROWS, glu, panel_sums};
 use crate::backend::WeightInfo;
@@ -16,6 +16,8 @@ use crate::model::config::Activation;
 const MIN_TASK: usize = 48 << 10;
 /// Tasks a thread gets at most: enough that a slow core does not hold the others up.
 const TASKS_PER_THREAD: usize = 12;
+/// Rows up to which a task has little room for sums.
+const FEW_ROWS: usize = 4;
 /// Activations above which their quantisation is shared among the threads.
 const PARALLEL_QUANTIZE: usize = 16 << 10;
 
@@ -40,7 +42,7 @@ fn deal<'w>(
     cols: usize,
     panels: usize,
     weights: impl Iterator<Item = &'w PackedWeight>,
-    panel: impl Fn(Inputs<'_>, usize, usize, usize, &mut [Sums; 2]) + Sync,
+    panel: impl Fn(Inputs<'_>, usize, usize, usize, [&mut Sums; 2]) + Sync,
 ) {
     let (mut quantize, mut wide, mut bf16) = (false, false, false);
     for w in weights.filter(|_| cx.compute == Compute::Fast) {
@@ -50,14 +52,18 @@ fn deal<'w>(
     }
     let mut scratch = cx.scratch.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if quantize {
-        let (units, stride) = scratch.resize(rows, cols, wide);
-        let each = if rows * cols > PARALLEL_QUANTIZE { rows.div_ceil(4 * cx.pool.threads()) } else { rows };
-        cx.pool.run_chunks(units, each * stride, |i, units| {
-            for (r, record) in units.chunks_exact_mut(stride).enumerate() {
-                let at = (i * each + r) * cols;
-                quantize_on(cx.tier, &x[at..at + cols], record);
-            }
-        });
+        let (records, wide) = scratch.resize(rows, cols, wide);
+        let (blocks, wides) = (cols / BLOCK, !wide.is_empty() as usize);
+        for (t, x) in x.chunks((TILE_ROWS * cols).max(1)).enumerate() {
+            let (n, from) = (x.len() / cols, t * TILE_ROWS * blocks);
+            let each = if x.len() > PARALLEL_QUANTIZE { blocks.div_ceil(4 * cx.pool.threads()) } else { blocks };
+            let wide = Shards::new(&mut wide[wides * from..wides * (from + n * blocks)]);
+            cx.pool.run_chunks(&mut records[from..from + n * blocks], each * n, |i, records| {
+                // SAFETY: as the records, so the i16 values of different tasks are disjoint.
+                let wide = unsafe { wide.slice(wides * i * each * n, wides * records.len()) };
+                quantize_on(cx.tier, x, cols, n, i * each, records, wide);
+            });
+        }
     }
     if bf16 {
         let each = if x.len() > PARALLEL_QUANTIZE { x.len().div_ceil(4 * cx.pool.threads()) } else { x.len() };
@@ -70,21 +76,29 @@ fn deal<'w>(
     let least = MIN_TASK.div_ceil((PANEL * cols * rows).max(1));
     let each = panels.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).max(least).max(1);
     cx.pool.run(panels.div_ceil(each), |task| {
-        let mut tiles = Aligned([[0.0; TILE_ROWS * PANEL]; 2]);
-        for first in (0..rows).step_by(TILE_ROWS) {
-            let n = TILE_ROWS.min(rows - first);
-            for p in task * each..((task + 1) * each).min(panels) {
-                panel(inputs, p, first, n, &mut tiles.0);
+        let panels = task * each..((task + 1) * each).min(panels);
+        let run = |sums: &mut [f32]| {
+            let (a, b) = sums.split_at_mut(sums.len() / 2);
+            for first in (0..rows).step_by(TILE_ROWS) {
+                for p in panels.clone() {
+                    panel(inputs, p, first, TILE_ROWS.min(rows - first), [a, b]);
+                }
             }
+        };
+        // Clearing room for all rows would cost as much as a twentieth of a task of one row.
+        if rows <= FEW_ROWS {
+            run(&mut Aligned([0.0; 2 * FEW_ROWS * PANEL]).0);
+        } else {
+            run(&mut Aligned([0.0; 2 * TILE_ROWS * PANEL]).0);
         }
     });
 }
 
-fn quantize_on(tier: Tier, x: &[f32], record: &mut [[f32; 4]]) {
+fn quantize_on(tier: Tier, x: &[f32], cols: usize, n: usize, block: usize, records: &mut [Record], wide: &mut [Wide]) {
     match tier {
         #[cfg(target_arch = "x86_64")]
-        Tier::Avx2 | Tier::Avx512 => super::kernel_avx2::quantize(x, record),
-        _ => quantize_row(x, record),
+        Tier::Avx2 | Tier::Avx512 => super::kernel_avx2::quantize(x, cols, n, block, records, wide),
+        _ => acts::quantize(x, cols, n, block, records, wide),
     }
 }
 

@@ -89,13 +89,13 @@ fn rounded(x: &[f32], cols: usize, wide: bool) -> Vec<f64> {
     let mut acts = Acts::default();
     x.chunks_exact(cols)
         .flat_map(|x| {
-            acts::quantize_row(x, acts.resize(1, cols, wide).0);
-            let view = acts.view();
+            let (records, wides) = acts.resize(1, cols, wide);
+            acts::quantize(x, cols, 1, 0, records, wides);
             let integer = |i: usize| match wide {
-                true => view.wide(0)[i / 4 * 4 + [0, 2, 1, 3][i % 4]] as f64 / acts::FINER as f64,
-                false => view.q(0)[i] as f64,
+                true => wides[i / 32][i % 32 / 4 * 4 + [0, 2, 1, 3][i % 4]] as f64 / acts::FINER as f64,
+                false => records[i / 32].q[i % 32] as f64,
             };
-            (0..cols).map(|i| integer(i) * view.meta(0)[i / 32][0] as f64).collect::<Vec<_>>()
+            (0..cols).map(|i| integer(i) * records[i / 32].meta[0] as f64).collect::<Vec<_>>()
         })
         .collect()
 }
@@ -241,13 +241,14 @@ fn tiers_quantize_alike() {
     }
     let mut x = inputs(1, 96, 1);
     x[70] = f32::NAN;
-    let (mut a, mut b) = (vec![[0.0f32; 4]; 21], vec![[0.0f32; 4]; 21]);
-    acts::quantize_row(&x, &mut a);
-    kernel_avx2::quantize(&x, &mut b);
-    let bits = |v: &[[f32; 4]]| v.iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>();
-    let finite = |v: &[[f32; 4]]| [bits(&v[..2]), bits(&v[3..7]), bits(&v[9..17])];
-    assert_eq!(finite(&a), finite(&b));
-    assert!(a[2][0].is_nan() && b[2][0].is_nan());
+    let (mut a, mut b) = (Acts::default(), Acts::default());
+    let (records, wides) = a.resize(1, 96, true);
+    acts::quantize(&x, 96, 1, 0, records, wides);
+    let (others, other_wides) = b.resize(1, 96, true);
+    kernel_avx2::quantize(&x, 96, 1, 0, others, other_wides);
+    assert!(bytemuck::cast_slice::<_, u8>(&records[..2]) == bytemuck::cast_slice::<_, u8>(&others[..2]));
+    assert_eq!(wides[..2], other_wides[..2]);
+    assert!(records[2].meta[0].is_nan() && others[2].meta[0].is_nan());
 }
 
 #[test]
