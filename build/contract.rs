@@ -198,9 +198,24 @@ pub fn to_rust(structs: &[Struct]) -> String {
             continue;
         }
         constructor(&mut out, s);
-        let _ = writeln!(out, "impl super::Args for {} {{}}", s.name);
+        arguments(&mut out, s);
     }
     out
+}
+
+/// How the struct is handed over: field by field into zeros, so that what lies between fields is the same for equal arguments.
+fn arguments(out: &mut String, s: &Struct) {
+    let _ = writeln!(out, "impl super::Args for {} {{\n    fn put(&self, out: &mut Vec<u64>) {{", s.name);
+    *out += "        let at = out.len();\n        out.resize(at + size_of::<Self>().div_ceil(8), 0);\n";
+    *out += "        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut out[at..]);\n";
+    for f in &s.fields {
+        let _ = writeln!(
+            out,
+            "        let v = self.{0}.to_ne_bytes();\n        bytes[std::mem::offset_of!(Self, {0})..][..v.len()].copy_from_slice(&v);",
+            f.name
+        );
+    }
+    *out += "    }\n}\n";
 }
 
 fn constructor(out: &mut String, s: &Struct) {

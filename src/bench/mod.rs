@@ -9,6 +9,7 @@ pub mod inputs;
 pub mod ops;
 pub mod peaks;
 mod run;
+pub mod shapes;
 
 pub use inputs::Storage;
 pub use ops::{Case, Op};

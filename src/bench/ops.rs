@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::shapes::{SHAPES, Shape};
 use crate::backend::AttnSpec;
 use crate::dtype::DType::{self, *};
 use crate::model::config::Activation::{self, GeluTanh, Silu};
@@ -172,37 +173,16 @@ fn spec(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -
     AttnSpec { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
 }
 
-/// Sizes of one model, and the types of its matrices and of its head.
-struct Model {
-    name: &'static str,
-    large: bool,
-    dtype: DType,
-    head: DType,
-    vocab: usize,
-    d: usize,
-    ffn: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-#[rustfmt::skip]
-const MODELS: [Model; 3] = [
-    Model { name: "SmolLM2-135M", large: false, dtype: Q4_1, head: Q8_0, vocab: 49152, d: 576, ffn: 1536, heads: 9, kv_heads: 3, head_dim: 64 },
-    Model { name: "Qwen3-0.6B", large: true, dtype: Q8_0, head: Q8_0, vocab: 151936, d: 1024, ffn: 3072, heads: 16, kv_heads: 8, head_dim: 128 },
-    Model { name: "Llama-3.1-8B", large: true, dtype: Q4_K, head: Q6_K, vocab: 128256, d: 4096, ffn: 14336, heads: 32, kv_heads: 8, head_dim: 128 },
-];
-
 /// The operations of a token, of a speculated tree and of a prompt in real models.
 pub fn realistic() -> Vec<Case> {
     let mut v = Vec::new();
-    for m in MODELS {
-        let Model { dtype, d, ffn, heads, kv_heads, head_dim, .. } = m;
+    for m in &SHAPES[1..] {
+        let Shape { dtype, d, ffn, heads, kv_heads, head_dim, bias, .. } = *m;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         let mut ops = Vec::new();
         for rows in [1, 8, 64, 512] {
             ops.extend([
-                Op::Qkv { dtype, rows, input: d, q, kv, bias: false },
+                Op::Qkv { dtype, rows, input: d, q, kv, bias },
                 Op::Linear { dtype, rows, input: q, output: d, bias: false },
                 Op::LinearGlu { dtype, rows, input: d, output: ffn, act: Silu },
                 Op::Linear { dtype, rows, input: ffn, output: d, bias: false },

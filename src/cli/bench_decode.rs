@@ -21,7 +21,10 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     if args.reps == 0 || args.prompt_tokens == 0 || args.new_tokens == 0 || args.depth == 0 || most > args.context {
         bail!(Usage, "every count must be at least 1, and {most} tokens must fit into --context {}", args.context);
     }
-    let engine = common.engine()?;
+    let (engine, name) = match &args.shape {
+        Some(shape) => (common.engine_of_shape(shape, &args.weights)?, format!("{shape} in {}, random", args.weights)),
+        None => (common.engine()?, common.model.clone()),
+    };
     let vocab = engine.config().vocab;
     let mut session = engine.session(args.context, common.seed)?;
     let mut rng = Rng::new(common.seed);
@@ -75,7 +78,7 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     if common.json {
         let forward: Map<_, _> = ROWS.iter().zip(&ms).map(|(n, t)| (n.to_string(), json!(round(*t, 4)))).collect();
         return out::print_json(&json!({
-            "model": common.model,
+            "model": name,
             "device": engine.device(),
             "threads": engine.threads(),
             "load_s": round(engine.load_seconds(), 4),
@@ -91,7 +94,7 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     let mut text = format!(
         "{} on {}\nload {:.3} s, peak memory {:.0} MB, weights {:.1} MB, memory reads at {:.1} GB/s\n\
          prefill {} tokens  {prefill:8.1} tok/s\ndecode {} tokens   {decode:8.1} tok/s  ({:.0} % of the bandwidth)\n",
-        common.model,
+        name,
         engine.device(),
         engine.load_seconds(),
         peak.unwrap_or(f64::NAN),

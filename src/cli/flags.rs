@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::fetch;
-use super::out::load_bar;
+use super::out::{self, load_bar};
 use crate::backend::cpu::{Compute, Tier};
+use crate::backend::cuda;
+use crate::bench::shapes::{RandomModel, Shape};
 use crate::decode::Sampler;
+use crate::dtype::DType;
 use crate::engine::{Device, Engine, EngineOptions};
-use crate::error::{Result, bail};
+use crate::error::{Context, Error, ErrorKind, Result, bail};
 use crate::format::checkpoint::{is_archive, unpack_archive};
 
 /// A from-scratch LLM engine: generate, chat, measure.
@@ -221,6 +224,13 @@ pub(super) struct PplArgs {
 
 #[derive(Args)]
 pub(super) struct BenchDecodeArgs {
+    /// A model of these sizes with random weights, instead of --model: tiny, smollm2-135m, qwen3-0.6b, llama-3.2-1b,
+    /// llama-3-8b, qwen2.5-7b.
+    #[arg(long, conflicts_with = "model")]
+    pub shape: Option<String>,
+    /// Type of the random weights: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k.
+    #[arg(long, requires = "shape", default_value = "bf16")]
+    pub weights: String,
     /// Tokens of the prefill measurement.
     #[arg(long, default_value_t = 512)]
     pub prompt_tokens: usize,
@@ -255,6 +265,25 @@ impl Common {
     /// Opens `--model` on `--device`, with a progress bar on a terminal.
     pub fn engine(&self) -> Result<Engine> {
         Engine::open_with(self.path()?, self.options()?)
+    }
+
+    /// The engine of a model of known sizes with random weights of one type.
+    pub fn engine_of_shape(&self, shape: &str, weights: &str) -> Result<Engine> {
+        let shape = Shape::named(shape)?;
+        let dtype = DType::ALL.into_iter().find(|d| d.to_string().eq_ignore_ascii_case(weights));
+        let dtype = dtype.ok_or_else(|| Error::new(ErrorKind::Usage, format!("--weights {weights}: no such type")))?;
+        let model = RandomModel::new(shape.config(), [dtype; 2], self.seed).context(|| shape.name.into())?;
+        let on_cpu = match self.device {
+            DeviceFlag::Auto => self.tier.is_some() || !cuda::available(),
+            DeviceFlag::Cuda => false,
+            DeviceFlag::Cpu | DeviceFlag::Naive => true,
+        };
+        let need = model.bytes()?;
+        if let Some(free) = out::available_memory().filter(|&free| on_cpu && need > free) {
+            let [need, free] = [need, free].map(|n| n as f64 / 1e9);
+            bail!(Capacity, "{} in {dtype} is {need:.1} GB; {free:.1} GB of memory are free", shape.name);
+        }
+        Engine::from_tensors(&model, self.options()?)
     }
 
     /// The file or folder of `--model`: brought if it has to be, unpacked if it is a wheel or a zip.

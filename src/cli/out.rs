@@ -38,6 +38,13 @@ pub fn peak_rss_mb() -> Option<f64> {
     Some(kib.trim().trim_end_matches("kB").trim().parse::<f64>().ok()? * 1024.0 / 1e6)
 }
 
+/// Bytes that could be had without swapping, where the system tells.
+pub fn available_memory() -> Option<usize> {
+    let memory = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = memory.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(kib.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
+}
+
 /// Rounded for JSON: measurements do not have sixteen digits.
 pub fn round(x: f64, digits: i32) -> f64 {
     let s = 10f64.powi(digits);

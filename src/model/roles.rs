@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::config::ModelConfig;
-use crate::error::{Result, ensure};
+use crate::error::Result;
 use crate::tensor::HostTensor;
 
 /// A tensor's part in the model.
@@ -132,35 +132,4 @@ pub trait TensorSource {
     fn config(&self) -> &ModelConfig;
     /// The tensor of a role, ready to use: rows in the decoder's order, norms without an implied offset.
     fn tensor(&self, role: Role) -> Result<HostTensor>;
-}
-
-/// Random weights of a config: benchmarks of shapes whose weights are not at hand, and tests.
-pub struct RandomTensors {
-    cfg: ModelConfig,
-    seed: u64,
-}
-
-impl RandomTensors {
-    /// Weights that are a function of `seed` and the role alone; f32, scaled so that activations keep their size.
-    pub fn new(cfg: ModelConfig, seed: u64) -> Result<Self> {
-        Ok(Self { cfg: cfg.validate()?, seed })
-    }
-}
-
-impl TensorSource for RandomTensors {
-    fn config(&self) -> &ModelConfig {
-        &self.cfg
-    }
-
-    fn tensor(&self, role: Role) -> Result<HostTensor> {
-        let shape = role.shape(&self.cfg);
-        ensure!(shape.is_some(), Weights, "a model of this configuration has no {role}");
-        let [rows, cols] = shape.unwrap_or_default();
-        let stream = Role::all(&self.cfg).position(|r| r == role).unwrap_or(0) as u64;
-        let mut rng = crate::rng::Rng::stream(self.seed, stream);
-        let norm = rows == 1;
-        let scale = if norm { 0.1 } else { (cols as f32).powf(-0.5) };
-        let values: Vec<f32> = (0..rows * cols).map(|_| rng.normal() * scale + if norm { 1.0 } else { 0.0 }).collect();
-        HostTensor::from_f32(rows, cols, &values)
-    }
 }

@@ -9,6 +9,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
 use cudarc::nvrtc::Ptx;
 
+use super::graph::{GraphStats, Graphs, Launch, Tape};
 use super::kernels::{self, Kernel};
 use super::memory::{CudaBuf, Dst, Src};
 use super::{Args, images};
@@ -24,11 +25,18 @@ pub struct Cuda {
 
 /// The stream on which everything runs, and the kernels.
 pub(super) struct Stream {
+    graphs: Mutex<Graphs<Graph>>,
+    /// An error of launches that nobody was there to be told of.
+    untold: Mutex<Option<Error>>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     shared_memory: usize,
     multiprocessors: usize,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn device(e: DriverError) -> Error {
@@ -102,8 +110,10 @@ impl Cuda {
             f.set_attribute(most, shared_memory - own).map_err(device)?;
             functions.insert(name, f);
         }
-        let stream =
-            Arc::new(Stream { context, stream, functions, shared_memory: shared_memory as usize, multiprocessors });
+        let shared_memory = shared_memory as usize;
+        let (graphs, untold) = Default::default();
+        let stream = Stream { graphs, untold, context, stream, functions, shared_memory, multiprocessors };
+        let stream = Arc::new(stream);
         Ok(Self { stream, small: Mutex::default(), row_independent: true })
     }
 
@@ -145,6 +155,17 @@ impl Cuda {
         self
     }
 
+    /// Hands every kernel to the driver by itself, without graphs.
+    pub fn without_graphs(self) -> Self {
+        lock(&self.stream.graphs).on = false;
+        self
+    }
+
+    /// How often passes went to the device as graphs.
+    pub fn graph_stats(&self) -> GraphStats {
+        lock(&self.stream.graphs).stats
+    }
+
     /// Name of the device.
     pub fn name(&self) -> String {
         self.stream.context.name().unwrap_or_else(|_| "unnamed CUDA device".into())
@@ -155,12 +176,13 @@ impl Cuda {
     /// # Errors
     /// What a kernel or a copy met.
     pub fn synchronize(&self) -> Result<()> {
+        self.stream.flush()?;
         self.stream.stream.synchronize().map_err(device)
     }
 
     /// The small buffers; held until the launch that reads them is queued, so that no other thread writes in between.
     pub(super) fn small(&self) -> MutexGuard<'_, Small> {
-        self.small.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.small)
     }
 
     /// Queues a kernel.
@@ -202,7 +224,7 @@ impl Stream {
         if src.is_empty() {
             return Ok(());
         }
-        self.context.bind_to_thread().map_err(device)?;
+        self.flush()?;
         // SAFETY: `dst` is as long as `src` and lent for writing; the driver stages pageable memory before it returns.
         unsafe { result::memcpy_htod_async(dst.address(), src, self.stream.cu_stream()) }.map_err(device)
     }
@@ -212,7 +234,7 @@ impl Stream {
         if dst.is_empty() {
             return Ok(());
         }
-        self.context.bind_to_thread().map_err(device)?;
+        self.flush()?;
         // SAFETY: `src` is as long as `dst`, which lives until the stream has been waited for.
         unsafe { result::memcpy_dtoh_async(dst, src.address(), self.stream.cu_stream()) }.map_err(device)?;
         self.stream.synchronize().map_err(device)
@@ -223,38 +245,89 @@ impl Stream {
         if dst.len() == 0 {
             return Ok(());
         }
-        self.context.bind_to_thread().map_err(device)?;
+        self.flush()?;
         let bytes = src.len() * size_of::<T>();
         // SAFETY: both are as long, one is lent for writing alone.
         unsafe { result::memcpy_dtod_async(dst.address(), src.address(), bytes, self.stream.cu_stream()) }
             .map_err(device)
     }
 
-    fn launch<A: Args>(
-        &self,
-        kernel: Kernel<A>,
-        mut args: A,
-        grid: [usize; 3],
-        block: usize,
-        shared: usize,
-    ) -> Result<()> {
-        let f = &self.functions[kernel.name];
-        let [x, y, z] = grid.map(|n| n as u32);
+    /// Queues a kernel.
+    fn launch<A: Args>(&self, k: Kernel<A>, args: A, grid: [usize; 3], block: usize, shared: usize) -> Result<()> {
+        if lock(&self.graphs).push(k, &args, grid, block, shared) { self.flush() } else { Ok(()) }
+    }
+
+    /// Gives the driver all that is queued, before something else is.
+    pub fn flush(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(device)?;
-        let mut params = [(&raw mut args).cast::<c_void>()];
-        // SAFETY: the kernel takes exactly one A (a kernel's name and type stand together in the table, and both sides of A
-        // come from one contract, which its constructor has checked); the driver copies it before it returns.
+        let done = lock(&self.graphs).flush(|t| self.play(t), |t| self.capture(t), |g| self.replay(g));
+        match lock(&self.untold).take() {
+            Some(e) => Err(e),
+            None => done,
+        }
+    }
+
+    /// [`Stream::flush`] where there is nobody to be told of an error: the next one is.
+    pub fn flush_later_told(&self) {
+        if let Err(e) = self.flush() {
+            *lock(&self.untold) = Some(e);
+        }
+    }
+
+    fn play(&self, tape: &Tape) -> Result<()> {
+        tape.iter().try_for_each(|(launch, args)| self.run(launch, args))
+    }
+
+    fn run(&self, launch: &Launch, args: &[u64]) -> Result<()> {
+        let Launch { kernel, grid, block, shared, .. } = launch;
+        let [x, y, z] = *grid;
+        let f = self.functions[kernel].cu_function();
+        let mut params = [args.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel takes one struct, whose words these are (a kernel's name and type stand together in the table,
+        // and both sides of the struct come from one contract, which its constructor has checked); the driver reads as many
+        // as the kernel declares, before it returns.
         let run = unsafe {
-            result::launch_kernel(
-                f.cu_function(),
-                (x, y, z),
-                (block as u32, 1, 1),
-                shared as u32,
-                self.stream.cu_stream(),
-                &mut params,
-            )
+            result::launch_kernel(f, (x, y, z), (*block, 1, 1), *shared, self.stream.cu_stream(), &mut params)
         };
-        run.map_err(|e| Error::new(ErrorKind::Device, format!("CUDA: {} [{x}, {y}, {z}] x {block}: {e}", kernel.name)))
+        run.map_err(|e| Error::new(ErrorKind::Device, format!("CUDA: {kernel} [{x}, {y}, {z}] x {block}: {e}")))
+    }
+
+    fn capture(&self, tape: &Tape) -> Result<Graph> {
+        let (stream, mode) = (self.stream.cu_stream(), sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        // SAFETY: our stream, which captures nothing yet: the tape's lock is held.
+        unsafe { result::stream::begin_capture(stream, mode) }.map_err(device)?;
+        let played = self.play(tape);
+        // SAFETY: it was begun above, and must end even if a launch failed.
+        let graph = unsafe { result::stream::end_capture(stream) }.map_err(device)?;
+        // SAFETY: a graph that is valid, as the line above says, and is not used any more after the next one.
+        let exec = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
+        // SAFETY: as above.
+        unsafe { result::graph::destroy(graph) }.map_err(device)?;
+        let exec = Graph { exec: exec.map_err(device)?, context: self.context.clone() };
+        played.map(|()| exec)
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: both are ours and live; what the graph's kernels use is what the tape's launches name, by equal arguments.
+        unsafe { result::graph::launch(graph.exec, self.stream.cu_stream()) }.map_err(device)
+    }
+}
+
+/// A graph that can be launched.
+struct Graph {
+    exec: sys::CUgraphExec,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: a handle of the driver, which any thread may use; the lock around it lets one at a time.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: made in `capture`, and gone with this.
+            let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        }
     }
 }
 

@@ -16,7 +16,7 @@ pub struct CudaBuf<T> {
     address: u64,
     len: usize,
     _memory: CudaSlice<u8>,
-    _stream: Arc<Stream>,
+    stream: Arc<Stream>,
     _type: PhantomData<T>,
 }
 
@@ -24,7 +24,7 @@ impl<T: Elem> CudaBuf<T> {
     /// `n` zeros.
     pub(super) fn zeros(stream: &Arc<Stream>, n: usize) -> Result<Self> {
         let (memory, address) = stream.zeros(n * size_of::<T>())?;
-        Ok(Self { address, len: n, _memory: memory, _stream: stream.clone(), _type: PhantomData })
+        Ok(Self { address, len: n, _memory: memory, stream: stream.clone(), _type: PhantomData })
     }
 
     /// A copy of `host`.
@@ -47,6 +47,13 @@ impl<T: Elem> CudaBuf<T> {
     /// Where it begins.
     pub(super) fn address(&self) -> u64 {
         self.address
+    }
+}
+
+impl<T> Drop for CudaBuf<T> {
+    fn drop(&mut self) {
+        // Launches that use it may still be on the tape. What they meet is told by whoever waits for them.
+        self.stream.flush_later_told();
     }
 }
 

@@ -4,10 +4,11 @@
 //! the kernels are images inside the binary where an nvcc was found when it was built. Activations are bf16, the residual
 //! stream, statistics and logits f32; keys and values bf16.
 //!
-//! Everything runs on one stream, in order. A kernel's arguments are one struct whose contract stands in `kernels/args`;
+//! Everything runs on one stream, in order, and a step that comes again as one CUDA graph ([`Cuda::graph_stats`]). A kernel's arguments are one struct whose contract stands in `kernels/args`;
 //! its constructor is generated and checks it. A row's result never depends on how many rows are in the pass.
 
 mod device;
+mod graph;
 mod kernels;
 mod kv;
 mod memory;
@@ -22,6 +23,7 @@ pub use device::{Cuda, available, devices};
 
 /// Whether this binary holds kernels: an nvcc was found when it was built.
 pub const KERNELS: bool = cfg!(kernels);
+pub use graph::GraphStats;
 pub use kv::CudaKv;
 pub use memory::{CudaBuf, Dst, Src};
 pub use peaks::CudaPeaks;
@@ -30,7 +32,10 @@ pub use weight::CudaWeight;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a kernel takes: scalars and device addresses, laid out as the kernel declares them.
-pub trait Args: Copy {}
+pub trait Args: Copy {
+    /// Appends it in whole words, zeros between and behind the fields.
+    fn put(&self, out: &mut Vec<u64>);
+}
 
 /// Argument structs of all kernels, from `kernels/args/*.h`.
 // Generated: plain rather than pretty.

@@ -12,8 +12,9 @@ use crate::tensor::{Bytes, HostTensor};
 /// Bytes packed by one task, and between two releases of source pages.
 const CHUNK: usize = 256 << 10;
 /// From so many bytes on a plain matrix moves to huge pages: page walks cost a fifth of the speed of one row, a copy is made
-/// once. Smaller ones, which the caches' page tables cover, stay in the file's map.
-const COPY: usize = 512 << 10;
+/// once. Smaller ones, of tiny models, stay in the file's map: beside large ones they would keep their neighbours' pages there too,
+/// since the system maps pages around the one that is asked for.
+const COPY: usize = 128 << 10;
 
 /// A weight matrix `[rows, cols]`: plain types row-major, quantised ones repacked into panels of 16 outputs.
 pub struct PackedWeight {
