@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use quadriga::backend::cuda::{Cuda, GraphStats};
@@ -14,7 +13,7 @@ use quadriga::tensor::HostTensor;
 
 /// Greedy tokens behind a prefix of `prefix` tokens, with the bits of their logits.
 fn decode(cuda: Cuda, name: &str, prefix: usize, steps: usize) -> (Vec<(usize, Vec<u32>)>, GraphStats) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
+    let path = common::root().join("models").join(name);
     let model = Model::load(Arc::new(cuda), &Checkpoint::open(&path).unwrap(), |_, _| {}).unwrap();
     let (be, config) = (model.backend(), model.config());
     let mut ws = Workspace::new(be, config, 64, 1).unwrap();

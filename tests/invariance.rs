@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
@@ -19,7 +18,7 @@ struct Run<B: Backend> {
 
 impl<B: Backend> Run<B> {
     fn new(name: &str, be: B) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
+        let path = common::root().join("models").join(name);
         let checkpoint = Checkpoint::open(&path).unwrap();
         let model = Model::load(Arc::new(be), &checkpoint, |_, _| {}).unwrap();
         let ws = Workspace::new(model.backend(), model.config(), 64, 64).unwrap();

@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
@@ -23,7 +22,7 @@ fn logits<B: Backend>(m: &Model<B>, ws: &mut Workspace<B>, cache: &mut KvCache<B
 
 #[test]
 fn random_programs_equal_a_vector() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-mistral");
+    let path = common::root().join("models/tiny-mistral");
     let checkpoint = Checkpoint::open(&path).unwrap();
     for compute in [Compute::Fast, Compute::Exact] {
         let cpu = Cpu::with(2, Tier::detect(), compute);
@@ -88,7 +87,7 @@ fn programs_equal_a_vector<B: Backend>(m: Model<B>, programs: usize) {
 
 #[test]
 fn misuse_is_an_error() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-llama");
+    let path = common::root().join("models/tiny-llama");
     let m = Model::load(
         Arc::new(Cpu::with(1, Tier::Portable, Compute::Exact)),
         &Checkpoint::open(&path).unwrap(),

@@ -15,7 +15,7 @@ use quadriga::model::{KvCache, Model, Sequence, Tap, Want, Workspace};
 use serde_json::Value;
 
 fn fixtures() -> Vec<(PathBuf, PathBuf)> {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let models = common::root().join("models");
     let families = ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"].map(|f| format!("tiny-{f}"));
     let folders = families.iter().map(|f| (models.join(f), models.join(f).join("golden.json")));
     let ggufs = ["legacy", "k"].map(|n| models.join("tiny-gguf").join(n));

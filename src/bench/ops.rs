@@ -210,6 +210,17 @@ pub fn realistic() -> Vec<Case> {
         ops.push(Op::GatherRows { from: 512, rows: 8, d });
         v.extend(ops.into_iter().map(|op| Case { op, model: m.name, large: m.large }));
     }
+    // What a GPU's libraries are measured by: an 8B model in bf16, and long contexts.
+    let long = |segments, mask| Op::Attention(Attn { spec: spec(32, 8, 128, None), segments, mask });
+    let mut ops = vec![
+        long(&[(4096, 1)], MaskKind::Causal),
+        long(&[(4096, 32)], MaskKind::Tree),
+        long(&[(0, 4096)], MaskKind::Causal),
+    ];
+    for rows in [1, 32, 512, 4096] {
+        ops.extend([4096, 14336].map(|output| Op::Linear { dtype: BF16, rows, input: 4096, output, bias: false }));
+    }
+    v.extend(ops.into_iter().map(|op| Case { op, model: "Llama-3-8B", large: true }));
     // Every stored type at the size of one matrix.
     for dtype in DType::ALL {
         for rows in [1, 8] {
