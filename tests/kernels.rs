@@ -9,7 +9,7 @@ mod common;
 use quadriga::backend::Backend;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::bench::{Op, Prepared, Setup, Storage, ops};
+use quadriga::bench::{Op, Output, Prepared, Setup, Storage, ops};
 
 /// In which types a backend keeps what it works on.
 #[derive(Clone, Copy)]
@@ -22,7 +22,7 @@ struct Kept {
     q: Storage,
 }
 
-fn output<B: Backend>(be: &B, op: Op, setup: Setup) -> Vec<f64> {
+fn output<B: Backend>(be: &B, op: Op, setup: Setup) -> Output {
     let mut p = Prepared::new(be, op, setup).unwrap();
     p.run().unwrap();
     p.output().unwrap()
@@ -55,26 +55,32 @@ fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
             q: kept.q,
             ..exact
         };
-        let want = output(&Naive, op, exact);
-        let got = output(be, op, exact);
-        let mut again = output(&Naive, op, rounded);
-        let mut stored: Vec<f32> = again.iter().map(|&x| x as f32).collect();
-        if op.gives_operands() {
-            act.round(&mut stored, 1);
+        let (want, got) = (output(&Naive, op, exact), output(be, op, exact));
+        let again = output(&Naive, op, rounded);
+        assert!(!(want.values.is_empty() && want.ids.is_empty()), "{} {op} gives nothing to compare", op.name());
+        if want.ids != got.ids {
+            failed.push(format!("{} {op}: {:?}, not {:?}", op.name(), got.ids, want.ids));
         }
-        again = stored.into_iter().map(f64::from).collect();
+        for ((want, got), mut again) in want.values.into_iter().zip(got.values).zip(again.values) {
+            let mut stored: Vec<f32> = again.iter().map(|&x| x as f32).collect();
+            if op.gives_operands() {
+                act.round(&mut stored, 1);
+            }
+            again = stored.into_iter().map(f64::from).collect();
 
-        let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-        let ulps = 8.0 * (op.reduction() as f64).sqrt() * f64::from(f32::EPSILON) * size;
-        // Probabilities are multiplied in the type of queries; the specification cannot be asked to round them.
-        let weights = if op.attn().is_some() && kept.q == Storage::BF16 { size / 512.0 } else { 0.0 };
-        let (error, bound) = (worst(&want, &got), 2.0 * worst(&want, &again) + ulps + weights);
-        assert!(size > 0.0, "{} {op} gives nothing to compare", op.name());
-        if error.is_nan() || error > bound {
-            failed.push(format!("{} {op}: error {error:.3e}, bound {bound:.3e}, greatest value {size:.3e}", op.name()));
+            let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let ulps = 8.0 * (op.reduction() as f64).sqrt() * f64::from(f32::EPSILON) * size;
+            // Probabilities are multiplied in the type of queries; the specification cannot be asked to round them.
+            let weights = if op.attn().is_some() && kept.q == Storage::BF16 { size / 512.0 } else { 0.0 };
+            let (error, bound) = (worst(&want, &got), 2.0 * worst(&want, &again) + ulps + weights);
+            assert!(size > 0.0, "{} {op} gives nothing to compare", op.name());
+            if error.is_nan() || error > bound {
+                let name = op.name();
+                failed.push(format!("{name} {op}: error {error:.3e}, bound {bound:.3e}, greatest value {size:.3e}"));
+            }
+            let n = nmse_of.entry(op.name()).or_default();
+            *n = n.max(nmse(&want, &got));
         }
-        let n = nmse_of.entry(op.name()).or_default();
-        *n = n.max(nmse(&want, &got));
     }
     println!("{name}: NMSE {}", nmse_of.iter().map(|(k, v)| format!("{k} {v:.1e}")).collect::<Vec<_>>().join(", "));
     assert!(failed.is_empty(), "{name}: {} rows fail\n{}", failed.len(), failed.join("\n"));
@@ -84,14 +90,14 @@ fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
 /// another implementation, so it has the last bits free.
 fn fused_equals_composed<B: Backend>(name: &str, be: &B) {
     for (i, op) in ops::odd().into_iter().enumerate() {
-        if !matches!(op, Op::AddRmsNorm { .. } | Op::Qkv { .. } | Op::LinearGlu { .. } | Op::RopeStage(_)) {
+        let fused = matches!(op, Op::AddRmsNorm { .. } | Op::Qkv { .. } | Op::LinearGlu { .. } | Op::RopeStage(_));
+        if !fused && !matches!(op, Op::KvCommitBatch(_)) {
             continue;
         }
         let setup = Setup { seed: i as u64, act: Storage::of::<B::Act>(), ..Setup::default() };
-        let fused = output(be, op, setup);
         let mut p = Prepared::new(be, op, setup).unwrap();
         p.run_composed().unwrap();
-        let composed = p.output().unwrap();
+        let (fused, composed) = (output(be, op, setup).values.concat(), p.output().unwrap().values.concat());
         let size = composed.iter().fold(0.0f64, |m, x| m.max(x.abs()));
         let free = if matches!(op, Op::LinearGlu { .. }) { 4.0 * f64::from(f32::EPSILON) * size } else { 0.0 };
         let error = worst(&composed, &fused);
@@ -168,7 +174,7 @@ fn realistic_operations_run_and_cost_something() {
     for case in ops::realistic().into_iter().filter(|c| !c.large) {
         let mut p = Prepared::new(&cpu, case.op, Setup { kv_bytes: 2, ..Setup::default() }).unwrap();
         p.run().unwrap();
-        assert!(p.output().unwrap().iter().all(|x| x.is_finite()), "{} {}", case.op.name(), case.op);
+        assert!(p.output().unwrap().values.concat().iter().all(|x| x.is_finite()), "{} {}", case.op.name(), case.op);
         assert!(p.cost().bytes > 0.0);
     }
 }
