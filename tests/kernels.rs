@@ -10,12 +10,15 @@ use quadriga::backend::Backend;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
 use quadriga::bench::{Op, Output, Prepared, Setup, Storage, ops};
+use quadriga::dtype::DType;
 
 /// In which types a backend keeps what it works on.
 #[derive(Clone, Copy)]
 struct Kept {
     /// Operands of products with quantised matrices.
     quantized: Storage,
+    /// Operands of products with BF16 matrices.
+    bf16: Storage,
     /// Keys and values.
     kv: Storage,
     /// Queries in the products of attention.
@@ -50,7 +53,11 @@ fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
     for (i, op) in ops::odd().into_iter().enumerate() {
         let exact = Setup { seed: i as u64, act, ..Setup::default() };
         let rounded = Setup {
-            act: if op.multiplies_quantized() { kept.quantized } else { act },
+            act: match op {
+                _ if op.multiplies_quantized() => kept.quantized,
+                _ if op.dtype() == Some(DType::BF16) => kept.bf16,
+                _ => act,
+            },
             kv: kept.kv,
             q: kept.q,
             ..exact
@@ -116,21 +123,24 @@ fn cpus(compute: Compute) -> impl Iterator<Item = (String, Cpu)> {
 #[test]
 fn cpu_exact_meets_the_specification() {
     for (name, cpu) in cpus(Compute::Exact) {
-        check(&name, &cpu, Kept { quantized: Storage::F32, kv: Storage::F32, q: Storage::F32 });
+        let kept = Kept { quantized: Storage::F32, bf16: Storage::F32, kv: Storage::F32, q: Storage::F32 };
+        check(&name, &cpu, kept);
     }
 }
 
 #[test]
 fn cpu_fast_meets_the_specification() {
     for (name, cpu) in cpus(Compute::Fast) {
-        check(&name, &cpu, Kept { quantized: Storage::Int8, kv: Storage::F16, q: Storage::F32 });
+        // There are instructions for bf16 where there is AVX-512.
+        let bf16 = if cpu.tier() == Tier::Avx512 { Storage::BF16 } else { Storage::F32 };
+        check(&name, &cpu, Kept { quantized: Storage::Int8, bf16, kv: Storage::F16, q: Storage::F32 });
     }
 }
 
 #[test]
 fn cuda_meets_the_specification() {
     let Some(cuda) = common::gpu() else { return };
-    let kept = Kept { quantized: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
+    let kept = Kept { quantized: Storage::BF16, bf16: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
     check("cuda", &cuda, kept);
     fused_equals_composed("cuda", &cuda);
     check("cuda, fastest", &cuda.fastest(), kept);
@@ -182,7 +192,6 @@ fn realistic_operations_run_and_cost_something() {
 /// The table itself: known costs of known sizes.
 #[test]
 fn costs_are_those_of_the_definition() {
-    use quadriga::dtype::DType;
     let cost = |op| Prepared::new(&Naive, op, Setup::default()).unwrap().cost();
     let linear = cost(Op::Linear { dtype: DType::F32, rows: 3, input: 10, output: 20, bias: false });
     // The specification keeps everything in f64.

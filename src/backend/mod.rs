@@ -438,12 +438,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn sample(&self, tokens: Out<'_, Self, u32>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
 
     /// The distribution that [`Backend::sample`] draws a row's first token from, `[rows, vocab]`; all 0 where there is none.
-    fn distribution(
-        &self,
-        p: Out<'_, Self, Self::Acc>,
-        logits: In<'_, Self, Self::Acc>,
-        draws: &[Draw],
-    ) -> Result<()>;
+    fn distribution(&self, p: Out<'_, Self, Self::Acc>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
 
     /// Which drafted tokens stand, in many trees at once, such that the tokens kept follow the target's law exactly
     /// (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2024, arXiv:2402.12374).

@@ -81,13 +81,7 @@ impl Decoding {
     }
 
     /// Calls the operation, which is one of those above and works on no cache.
-    pub fn step<B: Backend>(
-        &self,
-        be: &B,
-        op: &Op,
-        acc: &mut [B::Buf<B::Acc>],
-        ids: &mut [B::Buf<u32>],
-    ) -> Result<()> {
+    pub fn step<B: Backend>(&self, be: &B, op: &Op, acc: &mut [B::Buf<B::Acc>], ids: &mut [B::Buf<u32>]) -> Result<()> {
         let trees = Trees { sizes: &self.sizes, tokens: &self.tokens, parents: &self.parents };
         match (*op, acc, ids) {
             (Op::LogitsStats { rows, vocab }, [x, stats], [argmax]) => {

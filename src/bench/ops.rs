@@ -34,7 +34,8 @@ impl Attn {
     }
 }
 
-/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width.
+/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width. Trees to verify are binary;
+/// `Rule::Match` looks at no vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Op {
@@ -53,16 +54,13 @@ pub enum Op {
     RopeStage(Attn),
     KvStage(Attn),
     KvCommit(Attn),
-    /// Keeps the paths of `KvCommit`, as verification writes them.
     KvCommitBatch(Attn),
     KvCopy(Attn),
     Attention(Attn),
     LogitsStats { rows: usize, vocab: usize },
     TopK { rows: usize, vocab: usize, k: usize },
-    /// `n` tokens of each row.
     Sample { rows: usize, vocab: usize, n: usize, top_k: u32, top_p: f32 },
     Distribution { rows: usize, vocab: usize, top_k: u32, top_p: f32 },
-    /// Binary trees of `nodes`, by `Rule::Reject` or by `Rule::Match`, which looks at no vocabulary.
     VerifyTree { sequences: usize, nodes: usize, vocab: usize, reject: bool },
 }
 

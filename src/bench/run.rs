@@ -212,7 +212,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
         let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + s.1).sum());
         let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + kv_row * kv_rows;
         // An embedding is read by rows, and a cache is committed while its rows are warm: copies would change nothing.
-        let rotate = one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_));
+        let rotate =
+            one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_));
         let copies = if rotate { setup.working_set.div_ceil(one).clamp(1, 4096) } else { 1 };
         let mut weights = Vec::new();
         for _ in 0..if sources.is_empty() { 0 } else { copies } {

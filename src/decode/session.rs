@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::sampler::drawn;
 use super::Sampler;
+use super::sampler::drawn;
 use crate::backend::{Backend, Buffer, Mask};
 use crate::error::{Result, bail, ensure};
 use crate::model::{KvCache, Model, Sequence, Want, Workspace};

@@ -78,7 +78,12 @@ impl Cuda {
         self.launch(k::DISTRIBUTION, args, [rows, 1, 1], threads(vocab, 1024), 0)
     }
 
-    pub(super) fn run_verify_tree(&self, to: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {
+    pub(super) fn run_verify_tree(
+        &self,
+        to: Accepted<'_, Self>,
+        trees: &Trees<'_>,
+        rule: Rule<'_, Self>,
+    ) -> Result<()> {
         let Accepted { path, counts, next } = to;
         let (sequences, nodes) = (counts.len(), trees.tokens.len());
         trees.check(sequences)?;
@@ -102,10 +107,8 @@ impl Cuda {
                 let vocab = width("verify_tree", p.len(), nodes)?;
                 let drafted = q.len() / vocab;
                 trees.check_reject(drafts, keys, drafted, vocab)?;
-                let chances: Vec<args::Chance> = keys
-                    .iter()
-                    .map(|&Key { seed, stream, counter }| args::Chance { seed, stream, counter })
-                    .collect();
+                let chances: Vec<args::Chance> =
+                    keys.iter().map(|&Key { seed, stream, counter }| args::Chance { seed, stream, counter }).collect();
                 let drafts = small.put(&self.stream, Slot::Drafts, drafts)?;
                 let chances = small.put(&self.stream, Slot::Chances, &chances)?;
                 let (d, v) = (drafted as u32, vocab as u32);
