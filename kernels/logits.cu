@@ -1,6 +1,6 @@
 // What a row of logits says, read once.
 //
-//   logits_stats   max, its lowest id, lse = log sum e^x, entropy = lse - sum p x
+//   logits_stats   max, lse = log sum e^x, entropy = lse - sum p x; and the lowest id of the largest
 //   top_k          the k largest, lower ids first among equals
 //
 // A block owns a row. Each thread keeps (max, Z, S) with Z = sum e^(x - max), S = sum (x - max) e^(x - max); two such triples join
@@ -59,8 +59,11 @@ KERNEL(logits_stats, LogitsStats, 1024, 1) {
   t = lane < blockDim.x / 32 ? part[lane] : Triple{-INFINITY, 0, 0, 0};
   for (int o = 16; o; o >>= 1) t = join_lane(t, o);
   if (lane == 0) {
+    const bool good = fabsf(t.max) < INFINITY;
     const float z = logf(t.z);
-    a.stats[blockIdx.x] = LogitStats{fabsf(t.max) < INFINITY ? t.max : NAN, t.at, t.max + z, z - t.s / t.z};
+    float* stats = a.stats + (size_t)blockIdx.x * 3;
+    stats[0] = good ? t.max : NAN, stats[1] = good ? t.max + z : NAN, stats[2] = good ? z - t.s / t.z : NAN;
+    a.argmax[blockIdx.x] = good ? t.at : NO_TOKEN;
   }
 }
 

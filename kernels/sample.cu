@@ -2,12 +2,13 @@
 //
 //   x is kept if it is among the top_k largest, and the kept before it have less than top_p of the mass, and p(x) >= min_p p(best);
 //   P(token) is proportional to 2^-e, e = (max - x) log2(e) / temperature, over the kept; equals count in the order of their ids
+//   further tokens of a row are drawn from what the ones before leave
 //
 // A block owns a row. Everything is integers once e is: e in steps of 2^-22, weights 2^-e in steps of 2^-32 (what is less likely is
 // dropped), so sums are exact, no order of addition matters and a draw is a function of (seed, stream, counter) and the row alone.
 // top-k and top-p are cuts in the order of (e, id): twelve of its bits a walk over the row, by a histogram of counts or of weights,
 // whose first bins are even in the logits so that a warp's additions seldom meet. The draw inverts the sums of weights in the order
-// of threads. Bound by the walks, which hit L2: two without cuts, up to four more for each.
+// of ids. Bound by the walks, which hit L2: two without cuts, up to four more for each.
 #include "rt/gpu.cuh"
 #include "rt/choose.cuh"
 #include "rt/philox.cuh"
@@ -45,8 +46,8 @@ struct Space {
   u32 at[32];
 };
 
-// Finds what is kept of a row. False if it holds NaN or nothing finite. `best` is the lowest id of the largest.
-DEVICE bool prepare(const Walk& walk, const float* x, const Draw& d, Space& s, Row& row, u32& best) {
+// Finds what is kept of a row: the lowest id of the largest alone where slope is infinite. False if it holds NaN or nothing finite.
+DEVICE bool prepare(const Walk& walk, const float* x, const Draw& d, Space& s, Row& row) {
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float max = -INFINITY;
   u32 at = 0;
@@ -64,12 +65,11 @@ DEVICE bool prepare(const Walk& walk, const float* x, const Draw& d, Space& s, R
   __syncthreads();
   max = lane < blockDim.x / 32 ? s.max[lane] : -INFINITY, at = lane < blockDim.x / 32 ? s.at[lane] : 0;
   for (int o = 16; o; o >>= 1) join(__shfl_xor_sync(FULL, max, o), __shfl_xor_sync(FULL, at, o));
-  best = at;
   if (!(fabsf(max) < INFINITY)) return false;
 
   row.max = max, row.slope = 1.4426950408889634f / d.temperature, row.cut = ~0ull - 1;
-  if (d.temperature == 0 || d.top_k == 1) {
-    row.slope = INFINITY, row.cut = best;  // level 0 is for the largest alone, and of equals for the lowest id
+  if (row.slope == INFINITY || d.top_k == 1) {
+    row.slope = INFINITY, row.cut = at;  // level 0 is for the largest alone, and of equals for the lowest id
     return true;
   }
   const u32 bits = LEVEL_BITS + ID_BITS;
@@ -96,17 +96,32 @@ DEVICE bool prepare(const Walk& walk, const float* x, const Draw& d, Space& s, R
 
 KERNEL(sample, Sample, 1024, 1) {
   using namespace sampling;
+  constexpr u32 MOST = 64;  // of a row
   GPU_SMEM(Space, space, [1]);
+  GPU_SMEM(u32, taken, [MOST]);
   const float* x = a.logits + (size_t)blockIdx.x * a.vocab;
   const Draw& d = a.draws[blockIdx.x];
   const Walk walk(a.vocab);
   Row row;
-  u32 token;
-  if (!prepare(walk, x, d, *space, row, token)) token = NO_TOKEN;
-  else if (row.slope < INFINITY)
-    token = block_draw(walk, x, random_bits(d.seed, d.stream, d.counter), space->choice,
-                       [&](u32 id, float v) { return row.kept(id, v); });
-  if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
+  const bool ok = prepare(walk, x, d, *space, row);
+  u32* tokens = a.tokens + (size_t)blockIdx.x * a.n;
+  if (!ok || row.slope == INFINITY) {
+    for (u32 i = threadIdx.x; i < a.n; i += blockDim.x) tokens[i] = ok && i == 0 ? (u32)row.cut : NO_TOKEN;
+    return;
+  }
+  weight_t own = 0;
+  walk.each(x, [&](u32 id, float v) { own += row.kept(id, v); });
+  for (u32 i = 0; i < a.n; i++) {
+    const u32 token = block_draw(walk, x, own, random_bits(d.seed, d.stream, d.counter + i), space->choice, [&](u32 id, float v) {
+      bool left = true;
+      for (u32 j = 0; j < i; j++) left &= taken[j] != id;
+      return left ? row.kept(id, v) : 0;
+    });
+    // Modulo 2^64, so that the warp's sum is right though this thread's may not be.
+    if (threadIdx.x % 32 == 0 && token != NO_TOKEN && walk.warp_of(token) == threadIdx.x / 32) own -= row.kept(token, x[token]);
+    if (threadIdx.x == 0) tokens[i] = taken[i] = token;
+    __syncthreads();
+  }
 }
 
 KERNEL(distribution, Distribution, 1024, 1) {
@@ -116,8 +131,7 @@ KERNEL(distribution, Distribution, 1024, 1) {
   float* p = a.p + (size_t)blockIdx.x * a.vocab;
   const Walk walk(a.vocab);
   Row row;
-  u32 best;
-  const bool ok = prepare(walk, x, a.draws[blockIdx.x], *space, row, best);
+  const bool ok = prepare(walk, x, a.draws[blockIdx.x], *space, row);
   weight_t own = 0, total = 0;
   if (ok) {
     walk.each(x, [&](u32 id, float v) { own += row.kept(id, v); });

@@ -96,7 +96,7 @@ DEVICE void siblings(const VerifySiblings& a, R random) {
     while (child < tree.nodes && n < SIBLINGS) {
       const u32 x = a.tokens[tree.first + child];
       const float px = residual(r, n, p[x], q[x]) / r.p[n], qx = among(r, n, x) ? 0.f : q[x] / r.q[n];
-      const double u = (double)(u32)(random(decisions++) >> 32) * (1.0 / 4294967296.0);
+      const double u = (double)(random(decisions++) >> 11) * (1.0 / 9007199254740992.0);
       if (u * qx < px) {
         accepted = child;
         break;
@@ -123,8 +123,10 @@ DEVICE void siblings(const VerifySiblings& a, R random) {
       __syncthreads();
       continue;
     }
-    next = block_draw(walk, p, random(decisions++), space->choice,
-                      [&](u32 id, float v) { return (weight_t)(residual(r, n, v, n ? q[id] : 0.f) * STEPS); });
+    auto left = [&](u32 id, float v) { return (weight_t)(residual(r, n, v, n ? q[id] : 0.f) * STEPS); };
+    weight_t own = 0;
+    walk.each(p, [&](u32 id, float v) { own += left(id, v); });
+    next = block_draw(walk, p, own, random(decisions++), space->choice, left);
     break;
   }
   if (threadIdx.x == 0) a.counts[blockIdx.x] = kept, a.next[blockIdx.x] = next;

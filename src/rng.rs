@@ -14,6 +14,45 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     c
 }
 
+/// A place among all random numbers: one block of a seed's stream. Whoever draws by keys needs no state, and draws the same
+/// whatever is computed beside it or before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Key {
+    /// Chosen by the user.
+    pub seed: u64,
+    /// One for each sequence and purpose.
+    pub stream: u64,
+    /// Place in the stream: a token's position, say.
+    pub counter: u64,
+}
+
+impl Key {
+    /// The key `n` places on.
+    pub fn at(self, n: u64) -> Self {
+        Self { counter: self.counter.wrapping_add(n), ..self }
+    }
+
+    /// Its 64 random bits.
+    pub fn bits(self) -> u64 {
+        let [a, b, ..] = philox(halves(self.seed), counter_block(self.counter, self.stream));
+        a as u64 | (b as u64) << 32
+    }
+
+    /// Uniform in [0, 1), a multiple of 2^-53.
+    pub fn uniform(self) -> f64 {
+        (self.bits() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+}
+
+fn halves(x: u64) -> [u32; 2] {
+    [x as u32, (x >> 32) as u32]
+}
+
+fn counter_block(counter: u64, stream: u64) -> [u32; 4] {
+    let ([a, b], [c, d]) = (halves(counter), halves(stream));
+    [a, b, c, d]
+}
+
 /// A seeded stream of random numbers; implements [`rand_core::Rng`], so `rand`'s distributions work on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rng {
@@ -32,14 +71,13 @@ impl Rng {
 
     /// An independent stream of the same seed.
     pub fn stream(seed: u64, stream: u64) -> Self {
-        Self { key: [seed as u32, (seed >> 32) as u32], stream, counter: 0, block: [0; 4], used: 4 }
+        Self { key: halves(seed), stream, counter: 0, block: [0; 4], used: 4 }
     }
 
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
-            let (c, s) = (self.counter, self.stream);
-            self.block = philox(self.key, [c as u32, (c >> 32) as u32, s as u32, (s >> 32) as u32]);
+            self.block = philox(self.key, counter_block(self.counter, self.stream));
             self.counter += 1;
             self.used = 0;
         }
@@ -97,6 +135,19 @@ mod tests {
         assert_eq!(philox([!0; 2], [!0; 4]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
         let (k, c) = ([0xa409_3822, 0x299f_31d0], [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]);
         assert_eq!(philox(k, c), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn a_key_is_a_block_of_the_stream() {
+        let key = Key { seed: 7 << 40 | 3, stream: 5 << 33 | 1, counter: 0 };
+        let mut r = Rng::stream(key.seed, key.stream);
+        for i in 0..4 {
+            assert_eq!(key.at(i).bits(), r.next_u64());
+            r.next_u64();
+        }
+        let zero = Key::default();
+        assert_eq!(zero.bits(), 0xe169_c58d_6627_e8d5);
+        assert_eq!(zero.uniform(), (0xe169_c58d_6627_e8d5_u64 >> 11) as f64 / (1u64 << 53) as f64);
     }
 
     #[test]

@@ -9,20 +9,23 @@ mod common;
 use quadriga::backend::Backend;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::bench::{Op, Prepared, Setup, Storage, ops};
+use quadriga::bench::{Op, Output, Prepared, Setup, Storage, ops};
+use quadriga::dtype::DType;
 
 /// In which types a backend keeps what it works on.
 #[derive(Clone, Copy)]
 struct Kept {
     /// Operands of products with quantised matrices.
     quantized: Storage,
+    /// Operands of products with BF16 matrices.
+    bf16: Storage,
     /// Keys and values.
     kv: Storage,
     /// Queries in the products of attention.
     q: Storage,
 }
 
-fn output<B: Backend>(be: &B, op: Op, setup: Setup) -> Vec<f64> {
+fn output<B: Backend>(be: &B, op: Op, setup: Setup) -> Output {
     let mut p = Prepared::new(be, op, setup).unwrap();
     p.run().unwrap();
     p.output().unwrap()
@@ -50,31 +53,41 @@ fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
     for (i, op) in ops::odd().into_iter().enumerate() {
         let exact = Setup { seed: i as u64, act, ..Setup::default() };
         let rounded = Setup {
-            act: if op.multiplies_quantized() { kept.quantized } else { act },
+            act: match op {
+                _ if op.multiplies_quantized() => kept.quantized,
+                _ if op.dtype() == Some(DType::BF16) => kept.bf16,
+                _ => act,
+            },
             kv: kept.kv,
             q: kept.q,
             ..exact
         };
-        let want = output(&Naive, op, exact);
-        let got = output(be, op, exact);
-        let mut again = output(&Naive, op, rounded);
-        let mut stored: Vec<f32> = again.iter().map(|&x| x as f32).collect();
-        if op.gives_operands() {
-            act.round(&mut stored, 1);
+        let (want, got) = (output(&Naive, op, exact), output(be, op, exact));
+        let again = output(&Naive, op, rounded);
+        assert!(!(want.values.is_empty() && want.ids.is_empty()), "{} {op} gives nothing to compare", op.name());
+        if want.ids != got.ids {
+            failed.push(format!("{} {op}: {:?}, not {:?}", op.name(), got.ids, want.ids));
         }
-        again = stored.into_iter().map(f64::from).collect();
+        for ((want, got), mut again) in want.values.into_iter().zip(got.values).zip(again.values) {
+            let mut stored: Vec<f32> = again.iter().map(|&x| x as f32).collect();
+            if op.gives_operands() {
+                act.round(&mut stored, 1);
+            }
+            again = stored.into_iter().map(f64::from).collect();
 
-        let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-        let ulps = 8.0 * (op.reduction() as f64).sqrt() * f64::from(f32::EPSILON) * size;
-        // Probabilities are multiplied in the type of queries; the specification cannot be asked to round them.
-        let weights = if op.attn().is_some() && kept.q == Storage::BF16 { size / 512.0 } else { 0.0 };
-        let (error, bound) = (worst(&want, &got), 2.0 * worst(&want, &again) + ulps + weights);
-        assert!(size > 0.0, "{} {op} gives nothing to compare", op.name());
-        if error.is_nan() || error > bound {
-            failed.push(format!("{} {op}: error {error:.3e}, bound {bound:.3e}, greatest value {size:.3e}", op.name()));
+            let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let ulps = 8.0 * (op.reduction() as f64).sqrt() * f64::from(f32::EPSILON) * size;
+            // Probabilities are multiplied in the type of queries; the specification cannot be asked to round them.
+            let weights = if op.attn().is_some() && kept.q == Storage::BF16 { size / 512.0 } else { 0.0 };
+            let (error, bound) = (worst(&want, &got), 2.0 * worst(&want, &again) + ulps + weights);
+            assert!(size > 0.0, "{} {op} gives nothing to compare", op.name());
+            if error.is_nan() || error > bound {
+                let name = op.name();
+                failed.push(format!("{name} {op}: error {error:.3e}, bound {bound:.3e}, greatest value {size:.3e}"));
+            }
+            let n = nmse_of.entry(op.name()).or_default();
+            *n = n.max(nmse(&want, &got));
         }
-        let n = nmse_of.entry(op.name()).or_default();
-        *n = n.max(nmse(&want, &got));
     }
     println!("{name}: NMSE {}", nmse_of.iter().map(|(k, v)| format!("{k} {v:.1e}")).collect::<Vec<_>>().join(", "));
     assert!(failed.is_empty(), "{name}: {} rows fail\n{}", failed.len(), failed.join("\n"));
@@ -84,14 +97,14 @@ fn check<B: Backend>(name: &str, be: &B, kept: Kept) {
 /// another implementation, so it has the last bits free.
 fn fused_equals_composed<B: Backend>(name: &str, be: &B) {
     for (i, op) in ops::odd().into_iter().enumerate() {
-        if !matches!(op, Op::AddRmsNorm { .. } | Op::Qkv { .. } | Op::LinearGlu { .. } | Op::RopeStage(_)) {
+        let fused = matches!(op, Op::AddRmsNorm { .. } | Op::Qkv { .. } | Op::LinearGlu { .. } | Op::RopeStage(_));
+        if !fused && !matches!(op, Op::KvCommitBatch(_)) {
             continue;
         }
         let setup = Setup { seed: i as u64, act: Storage::of::<B::Act>(), ..Setup::default() };
-        let fused = output(be, op, setup);
         let mut p = Prepared::new(be, op, setup).unwrap();
         p.run_composed().unwrap();
-        let composed = p.output().unwrap();
+        let (fused, composed) = (output(be, op, setup).values.concat(), p.output().unwrap().values.concat());
         let size = composed.iter().fold(0.0f64, |m, x| m.max(x.abs()));
         let free = if matches!(op, Op::LinearGlu { .. }) { 4.0 * f64::from(f32::EPSILON) * size } else { 0.0 };
         let error = worst(&composed, &fused);
@@ -110,21 +123,24 @@ fn cpus(compute: Compute) -> impl Iterator<Item = (String, Cpu)> {
 #[test]
 fn cpu_exact_meets_the_specification() {
     for (name, cpu) in cpus(Compute::Exact) {
-        check(&name, &cpu, Kept { quantized: Storage::F32, kv: Storage::F32, q: Storage::F32 });
+        let kept = Kept { quantized: Storage::F32, bf16: Storage::F32, kv: Storage::F32, q: Storage::F32 };
+        check(&name, &cpu, kept);
     }
 }
 
 #[test]
 fn cpu_fast_meets_the_specification() {
     for (name, cpu) in cpus(Compute::Fast) {
-        check(&name, &cpu, Kept { quantized: Storage::Int8, kv: Storage::F16, q: Storage::F32 });
+        // There are instructions for bf16 where there is AVX-512.
+        let bf16 = if cpu.tier() == Tier::Avx512 { Storage::BF16 } else { Storage::F32 };
+        check(&name, &cpu, Kept { quantized: Storage::Int8, bf16, kv: Storage::F16, q: Storage::F32 });
     }
 }
 
 #[test]
 fn cuda_meets_the_specification() {
     let Some(cuda) = common::gpu() else { return };
-    let kept = Kept { quantized: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
+    let kept = Kept { quantized: Storage::BF16, bf16: Storage::BF16, kv: Storage::BF16, q: Storage::BF16 };
     check("cuda", &cuda, kept);
     fused_equals_composed("cuda", &cuda);
     check("cuda, fastest", &cuda.fastest(), kept);
@@ -168,7 +184,7 @@ fn realistic_operations_run_and_cost_something() {
     for case in ops::realistic().into_iter().filter(|c| !c.large) {
         let mut p = Prepared::new(&cpu, case.op, Setup { kv_bytes: 2, ..Setup::default() }).unwrap();
         p.run().unwrap();
-        assert!(p.output().unwrap().iter().all(|x| x.is_finite()), "{} {}", case.op.name(), case.op);
+        assert!(p.output().unwrap().values.concat().iter().all(|x| x.is_finite()), "{} {}", case.op.name(), case.op);
         assert!(p.cost().bytes > 0.0);
     }
 }
@@ -176,7 +192,6 @@ fn realistic_operations_run_and_cost_something() {
 /// The table itself: known costs of known sizes.
 #[test]
 fn costs_are_those_of_the_definition() {
-    use quadriga::dtype::DType;
     let cost = |op| Prepared::new(&Naive, op, Setup::default()).unwrap().cost();
     let linear = cost(Op::Linear { dtype: DType::F32, rows: 3, input: 10, output: 20, bias: false });
     // The specification keeps everything in f64.

@@ -1,19 +1,13 @@
 // From logits to tokens.
 #pragma once
 
-// What a row of logits amounts to. A row with NaN, or whose largest is not finite, has max NaN.
-RECORD(LogitStats) {
-  float max;
-  u32 argmax;      // the lowest id of equals
-  float lse;       // log sum exp(x)
-  float entropy;   // of the softmax, in nats
-};
-
+// What a row of logits amounts to. A row with NaN, or whose largest is not finite, has NaN and argmax 0xffffffff.
 ARGS(LogitsStats) {
-  In<float> logits;       // [rows, vocab] align 16
-  Out<LogitStats> stats;  // [rows]
-  u32 rows;               // >= 1
-  u32 vocab;              // >= 1
+  In<float> logits;   // [rows, vocab] align 16
+  Out<float> stats;   // [rows, 3] - max; log sum exp(x); entropy of the softmax in nats
+  Out<u32> argmax;    // [rows] - the lowest id of equals
+  u32 rows;           // >= 1
+  u32 vocab;          // >= 1
 };
 
 // The k largest of a row, largest first, lower ids first among equals.
@@ -30,20 +24,21 @@ ARGS(TopK) {
 RECORD(Draw) {
   u64 seed;
   u64 stream;
-  u64 counter;        // the draw's place in the stream: its position
+  u64 counter;        // the first token's place in the stream; those behind it take the next ones
   float temperature;  // 0: greedy
   float top_p;        // above 0; 1 keeps all
   float min_p;        // 0 keeps all
   u32 top_k;          // 0 keeps all
 };
 
-// A token for each row; 0xffffffff where the logits hold NaN or nothing finite.
+// Tokens of each row, drawn without replacement; 0xffffffff where none is left, or the logits hold NaN or nothing finite.
 ARGS(Sample) {
   In<float> logits;  // [rows, vocab] align 16
   In<Draw> draws;    // [rows]
-  Out<u32> tokens;   // [rows]
+  Out<u32> tokens;   // [rows, n]
   u32 rows;          // >= 1
   u32 vocab;         // >= 1, <= 1048576
+  u32 n;             // >= 1, <= 64
 };
 
 // The distribution that Sample draws from; all 0 where the logits hold NaN or nothing finite.
@@ -111,4 +106,4 @@ ARGS(VerifySiblings) {
 //   verify_siblings   VerifySiblings   grid (sequences), block 512
 //
 // No dynamic shared memory and no scratch. The blocks of 1024 and 512 may be any power of two from 32 threads; results are the same bits,
-// but for the last ones of lse and entropy, and for tokens drawn, which depend on the number of threads.
+// but for the last ones of lse and entropy.

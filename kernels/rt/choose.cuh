@@ -5,30 +5,36 @@ typedef unsigned long long weight_t;
 
 constexpr u32 NO_TOKEN = 0xffffffffu;
 
-// Which values of a row of n a thread visits: quads side by side if rows keep them aligned, else single values.
+// Which values of a row of n a thread visits: quads if rows keep them aligned, else single values. Each warp has a run of them to
+// itself, so that the sums of warps are those of ids in order.
 struct Walk {
   u32 n;
   u32 wide;  // 4 or 1
-  __device__ __forceinline__ explicit Walk(u32 n) : n(n), wide(n % 4 ? 1 : 4) {}
-  __device__ __forceinline__ u32 id(u32 thread, u32 j) const { return (thread + j / wide * blockDim.x) * wide + j % wide; }
-  __device__ __forceinline__ u32 most() const { return (n / wide + blockDim.x - 1) / blockDim.x * wide; }  // visits of a thread
+  u32 run;   // units of a warp
+  __device__ __forceinline__ explicit Walk(u32 n) : n(n), wide(n % 4 ? 1 : 4) {
+    const u32 warps = blockDim.x / 32;
+    run = (n / wide + warps * 32 - 1) / (warps * 32) * 32;
+  }
+  __device__ __forceinline__ u32 first(u32 warp) const { return min(warp * run, n / wide); }
+  __device__ __forceinline__ u32 warp_of(u32 id) const { return id / wide / run; }
 
   // f(id, x[id]) for what the thread visits, several loads in flight.
   template <class F>
   __device__ __forceinline__ void each(const float* x, F f) const {
+    const u32 warp = threadIdx.x / 32, end = first(warp + 1);
+    u32 i = first(warp) + threadIdx.x % 32;
     if (wide == 4) {
-      u32 i = threadIdx.x;
       const float4* quads = reinterpret_cast<const float4*>(x);
       auto visit = [&](u32 at, const float4& v) { f(at * 4, v.x), f(at * 4 + 1, v.y), f(at * 4 + 2, v.z), f(at * 4 + 3, v.w); };
-      for (; i + 3 * blockDim.x < n / 4; i += 4 * blockDim.x) {
+      for (; i + 96 < end; i += 128) {
         float4 v[4];
-        GPU_UNROLL for (int j = 0; j < 4; j++) v[j] = quads[i + j * blockDim.x];
-        GPU_UNROLL for (int j = 0; j < 4; j++) visit(i + j * blockDim.x, v[j]);
+        GPU_UNROLL for (int j = 0; j < 4; j++) v[j] = quads[i + j * 32];
+        GPU_UNROLL for (int j = 0; j < 4; j++) visit(i + j * 32, v[j]);
       }
-      for (; i < n / 4; i += blockDim.x) visit(i, quads[i]);
+      for (; i < end; i += 32) visit(i, quads[i]);
     } else {
 #pragma unroll 8
-      for (u32 i = threadIdx.x; i < n; i += blockDim.x) f(i, x[i]);
+      for (; i < end; i += 32) f(i, x[i]);
     }
   }
 };
@@ -74,23 +80,30 @@ DEVICE weight_t block_scan(weight_t v, Choice& c, weight_t& total) {
   return c.warp[warp] + upto - v;
 }
 
-// An id drawn in proportion to weight(id, x[id]), by 64 random bits; NO_TOKEN if all weigh nothing.
+// An id drawn in proportion to weight(id, x[id]) by 64 random bits: the first up to which the weights exceed bits / 2^64 of all.
+// NO_TOKEN if all weigh nothing. `own` are a thread's summands of its warp's sum of weights.
 template <class W>
-DEVICE u32 block_draw(const Walk& walk, const float* x, u64 random, Choice& c, W weight) {
-  weight_t own = 0, total;
-  walk.each(x, [&](u32 id, float v) { own += weight(id, v); });
-  const weight_t before = block_scan(own, c, total);
+DEVICE u32 block_draw(const Walk& walk, const float* x, weight_t own, u64 random, Choice& c, W weight) {
+  weight_t total;
+  block_scan(own, c, total);
   if (total == 0) return NO_TOKEN;
   const weight_t r = mul_high(random, total);
-  if (before <= r && r - before < own) c.at = threadIdx.x, c.rest = r - before;
+  const u32 warp = threadIdx.x / 32;
+  const weight_t before = c.warp[warp], behind = warp + 1 < blockDim.x / 32 ? c.warp[warp + 1] : total;
+  if (threadIdx.x % 32 == 0 && before <= r && r < behind) c.at = warp, c.rest = r - before;
   __syncthreads();
-  const u32 owner = c.at;  // its values once more, one for each thread
+  const u32 owner = c.at, end = walk.first(owner + 1);  // the warp's run once more, a unit for each thread of the block
   weight_t rest = c.rest;
-  for (u32 j0 = 0;; j0 += blockDim.x) {
-    const u32 j = j0 + threadIdx.x, id = walk.id(owner, j);
-    const weight_t w = j < walk.most() && id < walk.n ? weight(id, x[id]) : 0;
-    const weight_t below = block_scan(w, c, total);
-    if (below <= rest && rest - below < w) c.at = id;
+  for (u32 unit = walk.first(owner) + threadIdx.x;; unit += blockDim.x) {
+    u32 id = unit * walk.wide;
+    weight_t w = 0;
+    if (unit < end)
+      for (u32 i = 0; i < walk.wide; i++) w += weight(id + i, x[id + i]);
+    weight_t upto = block_scan(w, c, total);
+    if (upto <= rest && rest - upto < w) {
+      while ((upto += weight(id, x[id])) <= rest) id++;
+      c.at = id;
+    }
     if (rest < total) break;
     rest -= total;
   }

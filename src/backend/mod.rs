@@ -1,4 +1,4 @@
-//! The [`Backend`] trait: about thirty transformer operations over typed buffers, and nothing else.
+//! The [`Backend`] trait: about thirty operations of transformers and of decoding over typed buffers, and nothing else.
 //!
 //! Every activation is `[rows, features]`, row-major and contiguous; the number of rows is a buffer's length over the
 //! feature count. There are no strides, no broadcasting and no graph. An op's mathematics is stated once, here; [`naive`]
@@ -14,6 +14,9 @@ pub mod cpu;
 pub mod cuda;
 pub mod host;
 pub mod naive;
+mod sampling;
+
+pub use sampling::{Accepted, Draw, MAX_SIBLINGS, NO_TOKEN, Rule, Trees};
 
 use std::ops::Range;
 
@@ -359,6 +362,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// In all layers row `past + i` becomes what row `past + rows[i]` was, for all i. `rows` ascends strictly.
     fn kv_commit(&self, kv: &mut Self::Kv, past: usize, rows: &[u32]) -> Result<()>;
 
+    /// [`Backend::kv_commit`] for every segment, straight from verification: segment s, which has staged rows, keeps those
+    /// of `path[s * stride..][..counts[s]]`.
+    fn kv_commit_batch(
+        &self,
+        segments: &mut [Segment<'_, Self>],
+        path: In<'_, Self, u32>,
+        counts: In<'_, Self, u32>,
+        stride: usize,
+    ) -> Result<()> {
+        let (mut rows, mut n) = (vec![0; segments.len() * stride], vec![0; segments.len()]);
+        self.download(path, &mut rows)?;
+        self.download(counts, &mut n)?;
+        for ((s, rows), n) in segments.iter_mut().zip(rows.chunks(stride)).zip(n) {
+            self.kv_commit(s.kv, s.past, &rows[..n as usize])?;
+        }
+        Ok(())
+    }
+
     /// Copies the first `len` rows of all layers.
     fn kv_copy(&self, dst: &mut Self::Kv, src: &Self::Kv, len: usize) -> Result<()>;
 
@@ -391,4 +412,35 @@ pub trait Backend: Send + Sync + Sized + 'static {
         layer: usize,
         spec: &AttnSpec,
     ) -> Result<()>;
+
+    /// Of each row x of `vocab` logits: `stats` holds max x, ln sum e^x and the entropy of softmax(x) in nats, `argmax` the
+    /// lowest id of the largest. A row with NaN, or whose largest is not finite, has three NaN and [`NO_TOKEN`].
+    fn logits_stats(
+        &self,
+        stats: Out<'_, Self, Self::Acc>,
+        argmax: Out<'_, Self, u32>,
+        logits: In<'_, Self, Self::Acc>,
+        vocab: usize,
+    ) -> Result<()>;
+
+    /// The `k` largest of each row of `vocab` logits with their ids, largest first, lower ids first among equals. k is 1 to
+    /// 64, at most `vocab`. Logits hold no NaN.
+    fn top_k(
+        &self,
+        values: Out<'_, Self, Self::Acc>,
+        ids: Out<'_, Self, u32>,
+        logits: In<'_, Self, Self::Acc>,
+        vocab: usize,
+        k: usize,
+    ) -> Result<()>;
+
+    /// n tokens of each row of logits, `[rows, n]`, drawn without replacement as the row's [`Draw`] says; n is 1 to 64.
+    fn sample(&self, tokens: Out<'_, Self, u32>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
+
+    /// The distribution that [`Backend::sample`] draws a row's first token from, `[rows, vocab]`; all 0 where there is none.
+    fn distribution(&self, p: Out<'_, Self, Self::Acc>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
+
+    /// Which drafted tokens stand, in many trees at once, such that the tokens kept follow the target's law exactly
+    /// (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2024, arXiv:2402.12374).
+    fn verify_tree(&self, accepted: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()>;
 }

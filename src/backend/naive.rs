@@ -1,7 +1,10 @@
 //! The specification: every op as the shortest correct f64 loop. For tiny models and for tests of the other backends.
 
+mod sampling;
+
 use super::host::HostBuf;
-use super::{AttnSpec, Backend, Segment, WeightInfo};
+use super::sampling::width;
+use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Rule, Segment, Trees, WeightInfo};
 use crate::dtype::Elem;
 use crate::error::Result;
 use crate::model::config::Activation;
@@ -247,6 +250,73 @@ impl Backend for Naive {
                 }
             }
             at += s.rows;
+        }
+        Ok(())
+    }
+
+    fn logits_stats(&self, stats: &mut [f64], argmax: &mut [u32], logits: &[f64], vocab: usize) -> Result<()> {
+        for ((x, s), best) in logits.chunks_exact(vocab).zip(stats.chunks_exact_mut(3)).zip(argmax) {
+            let (three, id) = sampling::stats(x);
+            s.copy_from_slice(&three);
+            *best = id;
+        }
+        Ok(())
+    }
+
+    fn top_k(&self, values: &mut [f64], ids: &mut [u32], logits: &[f64], vocab: usize, k: usize) -> Result<()> {
+        for ((x, v), ids) in logits.chunks_exact(vocab).zip(values.chunks_exact_mut(k)).zip(ids.chunks_exact_mut(k)) {
+            ids.copy_from_slice(&sampling::order(x)[..k]);
+            v.iter_mut().zip(ids).for_each(|(v, id)| *v = x[*id as usize]);
+        }
+        Ok(())
+    }
+
+    fn sample(&self, tokens: &mut [u32], logits: &[f64], draws: &[Draw]) -> Result<()> {
+        if draws.is_empty() {
+            return Ok(());
+        }
+        let (vocab, n) = (width("sample", logits.len(), draws.len())?, width("sample", tokens.len(), draws.len())?);
+        for ((x, tokens), draw) in logits.chunks_exact(vocab).zip(tokens.chunks_exact_mut(n)).zip(draws) {
+            let mut p = sampling::law(x, draw).unwrap_or_default();
+            for (i, token) in (0..).zip(tokens) {
+                *token = sampling::invert(&p, draw.key.at(i).uniform());
+                if *token != NO_TOKEN {
+                    p[*token as usize] = 0.0;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn distribution(&self, p: &mut [f64], logits: &[f64], draws: &[Draw]) -> Result<()> {
+        if draws.is_empty() {
+            return Ok(());
+        }
+        let vocab = width("distribution", logits.len(), draws.len())?;
+        for ((x, p), draw) in logits.chunks_exact(vocab).zip(p.chunks_exact_mut(vocab)).zip(draws) {
+            p.copy_from_slice(&sampling::law(x, draw).unwrap_or_else(|| vec![0.0; vocab]));
+        }
+        Ok(())
+    }
+
+    fn verify_tree(&self, to: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {
+        let Accepted { path, counts, next } = to;
+        trees.check(counts.len())?;
+        if counts.is_empty() {
+            return Ok(());
+        }
+        let stride = width("verify_tree", path.len(), counts.len())?;
+        for (s, (tree, path)) in trees.iter().zip(path.chunks_exact_mut(stride)).enumerate() {
+            (counts[s], next[s]) = match &rule {
+                Rule::Match(picks) => tree.walk(picks, path),
+                Rule::Reject { p, q, drafts, keys } => {
+                    let vocab = width("verify_tree", p.len(), trees.tokens.len())?;
+                    trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
+                    let p = |node: usize| &p[(tree.first + node) * vocab..][..vocab];
+                    let q = |node: usize| &q[drafts[tree.first + node] as usize * vocab..][..vocab];
+                    sampling::reject(&tree, p, q, keys[s], path)
+                }
+            };
         }
         Ok(())
     }

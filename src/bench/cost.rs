@@ -54,7 +54,7 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
             (rows * ((2 * q + 2 * k + a.spec.head_dim) * acc + 2 * k * kv), 3 * rows * (q + k))
         }
         Op::KvStage(a) => (a.rows() * 2 * a.spec.kv_dim() * (acc + kv), 0),
-        Op::KvCommit(a) => {
+        Op::KvCommit(a) | Op::KvCommitBatch(a) => {
             let kept: usize = a.segments.iter().map(|s| s.1.div_ceil(2)).sum();
             (2 * kept * 2 * a.spec.kv_dim() * kv, 0)
         }
@@ -70,6 +70,14 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
                 pairs * (4 * a.spec.q_dim() + 10 * a.spec.heads),
             )
         }
+        // A row is read once, whatever an algorithm does; what the host sends is left out.
+        Op::LogitsStats { rows, vocab } => (rows * (vocab * acc + 3 * acc + 4), 12 * rows * vocab),
+        Op::TopK { rows, vocab, k } => (rows * (vocab * acc + k * (acc + 4)), rows * vocab),
+        Op::Sample { rows, vocab, n, .. } => (rows * (vocab * acc + 4 * n), 11 * rows * vocab),
+        Op::Distribution { rows, vocab, .. } => (2 * rows * vocab * acc, 12 * rows * vocab),
+        // One rejection in a sequence, and one draw.
+        Op::VerifyTree { sequences, vocab, reject: true, .. } => (2 * sequences * vocab * acc, 6 * sequences * vocab),
+        Op::VerifyTree { sequences, nodes, .. } => (12 * sequences * nodes, 0),
     };
     Cost { bytes: bytes as f64, flops: flops as f64 }
 }

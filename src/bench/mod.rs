@@ -5,6 +5,7 @@
 //! knows their [`Cost`](crate::perf::Cost). A new operation gets its line here and is tested and measured from that day.
 
 mod cost;
+mod decoding;
 pub mod inputs;
 pub mod ops;
 pub mod peaks;
@@ -13,4 +14,4 @@ pub mod shapes;
 
 pub use inputs::Storage;
 pub use ops::{Case, Op};
-pub use run::{Prepared, Setup};
+pub use run::{Output, Prepared, Setup};

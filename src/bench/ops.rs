@@ -35,7 +35,8 @@ impl Attn {
     }
 }
 
-/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width.
+/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width. Trees to verify are binary;
+/// `Rule::Match` looks at no vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Op {
@@ -54,8 +55,14 @@ pub enum Op {
     RopeStage(Attn),
     KvStage(Attn),
     KvCommit(Attn),
+    KvCommitBatch(Attn),
     KvCopy(Attn),
     Attention(Attn),
+    LogitsStats { rows: usize, vocab: usize },
+    TopK { rows: usize, vocab: usize, k: usize },
+    Sample { rows: usize, vocab: usize, n: usize, top_k: u32, top_p: f32 },
+    Distribution { rows: usize, vocab: usize, top_k: u32, top_p: f32 },
+    VerifyTree { sequences: usize, nodes: usize, vocab: usize, reject: bool },
 }
 
 impl Op {
@@ -77,8 +84,14 @@ impl Op {
             Op::RopeStage(_) => "rope_stage",
             Op::KvStage(_) => "kv_stage",
             Op::KvCommit(_) => "kv_commit",
+            Op::KvCommitBatch(_) => "kv_commit_batch",
             Op::KvCopy(_) => "kv_copy",
             Op::Attention(_) => "attention",
+            Op::LogitsStats { .. } => "logits_stats",
+            Op::TopK { .. } => "top_k",
+            Op::Sample { .. } => "sample",
+            Op::Distribution { .. } => "distribution",
+            Op::VerifyTree { .. } => "verify_tree",
         }
     }
 
@@ -107,7 +120,8 @@ impl Op {
     /// The caches' part, where there is one.
     pub fn attn(&self) -> Option<&Attn> {
         match self {
-            Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a) | Op::Attention(a) => Some(a),
+            Op::RopeStage(a) | Op::KvStage(a) | Op::Attention(a) => Some(a),
+            Op::KvCommit(a) | Op::KvCommitBatch(a) | Op::KvCopy(a) => Some(a),
             _ => None,
         }
     }
@@ -118,6 +132,9 @@ impl Op {
             Op::RmsNorm { d, .. } | Op::AddRmsNorm { d, .. } | Op::AddNormed { d, .. } => d,
             Op::HeadNorm { head_dim, .. } => head_dim,
             Op::Linear { input, .. } | Op::Qkv { input, .. } | Op::LinearGlu { input, .. } => input,
+            Op::LogitsStats { vocab, .. } => vocab,
+            // A weight's exponent is rounded three times before it is one.
+            Op::Distribution { .. } => 9,
             _ => self.attn().map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + s.1).max().unwrap_or(0)),
         }
     }
@@ -143,7 +160,22 @@ impl fmt::Display for Op {
             }
             Op::Glu { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),
             Op::LinearGlu { dtype, rows, input, output, act } => write!(f, "{dtype} {act:?} {rows}x{input}>2x{output}"),
-            Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a) | Op::Attention(a) => {
+            Op::LogitsStats { rows, vocab } => write!(f, "{rows}x{vocab}"),
+            Op::TopK { rows, vocab, k } => write!(f, "{k} of {rows}x{vocab}"),
+            Op::Sample { rows, vocab, top_k, top_p, n } => {
+                write!(f, "{n} of {rows}x{vocab} top-k {top_k} top-p {top_p}")
+            }
+            Op::Distribution { rows, vocab, top_k, top_p } => write!(f, "{rows}x{vocab} top-k {top_k} top-p {top_p}"),
+            Op::VerifyTree { sequences, nodes, vocab, reject: true } => {
+                write!(f, "{sequences} of {nodes}x{vocab} reject")
+            }
+            Op::VerifyTree { sequences, nodes, .. } => write!(f, "{sequences} of {nodes} match"),
+            Op::RopeStage(a)
+            | Op::KvStage(a)
+            | Op::KvCommit(a)
+            | Op::KvCommitBatch(a)
+            | Op::KvCopy(a)
+            | Op::Attention(a) => {
                 let s = a.spec;
                 write!(f, "{}/{}x{}", s.heads, s.kv_heads, s.head_dim)?;
                 for (past, rows) in a.segments {
@@ -206,6 +238,20 @@ pub fn realistic() -> Vec<Case> {
         attn(&[(128, 1)], MaskKind::Causal, Op::RopeStage);
         attn(&[(0, 512)], MaskKind::Causal, Op::RopeStage);
         attn(&[(1024, 32)], MaskKind::Tree, Op::KvCommit);
+        attn(&[(1024, 32); 4], MaskKind::Tree, Op::KvCommitBatch);
+        let vocab = m.vocab;
+        for rows in [1, 8] {
+            ops.extend([
+                Op::LogitsStats { rows, vocab },
+                Op::TopK { rows, vocab, k: 32 },
+                Op::Sample { rows, vocab, n: 1, top_k: 0, top_p: 1.0 },
+                Op::Sample { rows, vocab, n: 1, top_k: 50, top_p: 0.95 },
+                Op::Sample { rows, vocab, n: 4, top_k: 0, top_p: 0.95 },
+                Op::Distribution { rows, vocab, top_k: 0, top_p: 0.95 },
+            ]);
+        }
+        ops.push(Op::VerifyTree { sequences: 4, nodes: 8, vocab, reject: true });
+        ops.push(Op::VerifyTree { sequences: 32, nodes: 64, vocab, reject: false });
         ops.push(Op::Embed { dtype: m.head, vocab: m.vocab, d, rows: 512 });
         ops.push(Op::GatherRows { from: 512, rows: 8, d });
         v.extend(ops.into_iter().map(|op| Case { op, model: m.name, large: m.large }));
@@ -279,7 +325,22 @@ pub fn odd() -> Vec<Op> {
                 v.push(Op::Attention(Attn { spec, segments, mask }));
             }
             let a = Attn { spec, segments, mask: MaskKind::Causal };
-            v.extend([Op::RopeStage(a), Op::KvStage(a), Op::KvCommit(a), Op::KvCopy(a)]);
+            v.extend([Op::RopeStage(a), Op::KvStage(a), Op::KvCommit(a), Op::KvCommitBatch(a), Op::KvCopy(a)]);
+        }
+    }
+    for (rows, vocab) in [(1, 2), (3, 7), (2, 64), (5, 203), (2, 1030), (1, 4100)] {
+        v.push(Op::LogitsStats { rows, vocab });
+        for k in [1, 5, 64] {
+            v.push(Op::TopK { rows, vocab, k: k.min(vocab) });
+        }
+        for (top_k, top_p) in [(0, 1.0), (5, 1.0), (0, 0.9), (40, 0.6), (0, 1e-6)] {
+            v.push(Op::Distribution { rows, vocab, top_k, top_p });
+            v.push(Op::Sample { rows, vocab, n: 1 + rows % 3, top_k, top_p });
+        }
+    }
+    for (sequences, nodes, vocab) in [(1, 1, 3), (5, 2, 7), (9, 15, 64), (3, 40, 1030)] {
+        for reject in [false, true] {
+            v.push(Op::VerifyTree { sequences, nodes, vocab, reject });
         }
     }
     v

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::cost::{Sizes, cost};
+use super::decoding::{Decoding, normalize};
 use super::inputs::{Storage, from_elems, matrix, normals, to_elems};
 use super::ops::{Attn, MaskKind, Op};
 use crate::backend::{Backend, Buffer, In, Linear, Mask, Segment, TreeMask, WeightInfo};
@@ -38,6 +39,15 @@ impl Default for Setup {
     }
 }
 
+/// What an operation wrote.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    /// Results in numbers, widened to f64, each by itself.
+    pub values: Vec<Vec<f64>>,
+    /// All tokens and nodes.
+    pub ids: Vec<u32>,
+}
+
 /// An operation with its inputs on a backend.
 pub struct Prepared<'b, B: Backend> {
     be: &'b B,
@@ -48,6 +58,9 @@ pub struct Prepared<'b, B: Backend> {
     /// Copies of the operation's matrices.
     weights: Vec<Vec<Linear<B>>>,
     ids: Vec<u32>,
+    decoding: Decoding,
+    /// What [`Decoding::new`] lists.
+    id_buffers: Vec<B::Buf<u32>>,
     kv: Vec<B::Kv>,
     spare: Vec<B::Kv>,
     tree: Vec<TreeMask>,
@@ -71,7 +84,19 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
         Op::Glu { rows, d, .. } => vec![(rows * d, true), (rows * d, true)],
         Op::LinearGlu { rows, output, .. } => vec![(2 * rows * output, false)],
         Op::Rope { rows, heads, head_dim } => vec![(rows * heads * head_dim, true), (rows * head_dim, true)],
-        Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a) | Op::Attention(a) => {
+        Op::LogitsStats { rows, vocab } => vec![(rows * vocab, true), (rows * 3, false)],
+        Op::TopK { rows, vocab, k } => vec![(rows * vocab, true), (rows * k, false)],
+        Op::Sample { rows, vocab, .. } => vec![(rows * vocab, true)],
+        Op::Distribution { rows, vocab, .. } => vec![(rows * vocab, true), (rows * vocab, false)],
+        Op::VerifyTree { sequences, nodes, vocab, reject } => {
+            vec![(if reject { sequences * nodes * vocab } else { 1 }, true); 2]
+        }
+        Op::RopeStage(a)
+        | Op::KvStage(a)
+        | Op::KvCommit(a)
+        | Op::KvCommitBatch(a)
+        | Op::KvCopy(a)
+        | Op::Attention(a) => {
             let rows = a.rows();
             let kv = rows * a.spec.kv_dim();
             vec![(rows * a.spec.q_dim(), true), (kv, true), (kv, true), (rows * a.spec.head_dim, true)]
@@ -134,6 +159,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             _ => None,
         };
         let mut acc = Vec::new();
+        let mut drafted_from = Vec::new();
         for (i, (n, random)) in acc_inputs(&op).into_iter().enumerate() {
             let mut values = match rotated {
                 Some((at, head_dim)) if at == i => rotations(&mut rng, n, head_dim),
@@ -146,7 +172,13 @@ impl<'b, B: Backend> Prepared<'b, B> {
             if op.attn().is_some() && i == 0 {
                 setup.q.round(&mut values, 1);
             }
+            if let Op::VerifyTree { vocab, reject: true, .. } = op {
+                normalize(&mut values, vocab);
+            }
             acc.push(upload_acc(be, &values)?);
+            if matches!(op, Op::VerifyTree { .. }) {
+                drafted_from = values;
+            }
         }
         let mut act = Vec::new();
         for (n, random, width) in act_inputs(&op) {
@@ -162,6 +194,13 @@ impl<'b, B: Backend> Prepared<'b, B> {
             }
             _ => Vec::new(),
         };
+        let (decoding, host) = Decoding::new(&op, &mut rng, &drafted_from);
+        let mut id_buffers = Vec::new();
+        for values in host {
+            let mut buf = be.alloc::<u32>(values.len())?;
+            be.upload(buf.head_mut(values.len()), &values)?;
+            id_buffers.push(buf);
+        }
 
         let (shapes, input) = matrices(&op);
         let mut sources = Vec::new();
@@ -173,7 +212,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
         let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + s.1).sum());
         let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + kv_row * kv_rows;
         // An embedding is read by rows, and a cache is committed while its rows are warm: copies would change nothing.
-        let rotate = one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCopy(_));
+        let rotate =
+            one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_));
         let copies = if rotate { setup.working_set.div_ceil(one).clamp(1, 4096) } else { 1 };
         let mut weights = Vec::new();
         for _ in 0..if sources.is_empty() { 0 } else { copies } {
@@ -191,6 +231,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
             act,
             weights,
             ids,
+            decoding,
+            id_buffers,
             kv: Vec::new(),
             spare: Vec::new(),
             tree: Vec::new(),
@@ -237,7 +279,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
             Some(a) => self.tree.iter().map(|t| mask(a.mask, t)).collect(),
             None => Vec::new(),
         };
-        let layers = if matches!(self.op, Op::KvCommit(_) | Op::KvCopy(_)) { LAYERS } else { 1 };
+        let all = matches!(self.op, Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_));
+        let layers = if all { LAYERS } else { 1 };
         let one = cost(&self.op, weights, self.sizes, &masks);
         Cost { bytes: one.bytes * layers as f64, flops: one.flops * layers as f64 }
     }
@@ -269,7 +312,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
         if let Some(a) = self.op.attn().copied() {
             return self.step_cached(&a, if self.copies > 1 { turn } else { 1 }, composed);
         }
-        let Self { be, acc, act, weights, ids, .. } = self;
+        let Self { be, acc, act, weights, ids, decoding, id_buffers, .. } = self;
         let w: &[Linear<B>] = weights.get(turn).map_or(&[], |w| w);
         let all = |b: &B::Buf<B::Acc>| b.len();
         match (self.op, &mut acc[..], &mut act[..]) {
@@ -319,16 +362,22 @@ impl<'b, B: Backend> Prepared<'b, B> {
                 let n = x.len();
                 be.rope(x.head_mut(n), table.head(table.len()), head_dim)
             }
-            (op, ..) => unreachable!("{} has no such buffers", op.name()),
+            (op, ..) => decoding.step(*be, &op, acc, id_buffers),
         }
     }
 
     fn step_cached(&mut self, a: &Attn, layer: usize, composed: bool) -> Result<()> {
-        let Self { be, acc, act, kv, spare, tree, .. } = self;
+        let Self { be, acc, act, kv, spare, tree, id_buffers, .. } = self;
         let [q, k, v, table] = &mut acc[..] else { unreachable!("attention has four buffers") };
         let (nq, nk) = (q.len(), k.len());
         match self.op {
-            Op::KvCommit(_) => {
+            Op::KvCommitBatch(_) if !composed => {
+                let (path, n) = (&id_buffers[0], a.segments.len());
+                let (all, stride) = (path.len(), path.len() / n);
+                let mut s = segments(a, kv, tree);
+                be.kv_commit_batch(&mut s, path.head(all), id_buffers[1].head(n), stride)
+            }
+            Op::KvCommit(_) | Op::KvCommitBatch(_) => {
                 for (kv, &(past, rows)) in kv.iter_mut().zip(a.segments) {
                     let kept: Vec<u32> = (0..rows as u32).step_by(2).collect();
                     be.kv_commit(kv, past, &kept)?;
@@ -358,33 +407,52 @@ impl<'b, B: Backend> Prepared<'b, B> {
         }
     }
 
-    /// What it wrote since the inputs were made, widened to f64: all results one after another. Of operations that write a
-    /// cache, attention over its second layer.
+    /// What it wrote since the inputs were made. Of operations that write a cache, attention over its second layer; of a path,
+    /// the part that was found.
     ///
     /// # Errors
     /// The backend's.
-    pub fn output(&mut self) -> Result<Vec<f64>> {
-        let (acc, act): (&[usize], &[usize]) = match self.op {
-            Op::RmsNorm { .. } | Op::Glu { .. } => (&[], &[0]),
-            Op::LinearGlu { .. } => (&[], &[1]),
-            Op::AddRmsNorm { .. } => (&[0], &[0]),
-            Op::Qkv { .. } => (&[0, 1, 2], &[]),
-            Op::RopeStage(_) => (&[0], &[0]),
-            Op::KvStage(_) | Op::KvCommit(_) | Op::KvCopy(_) | Op::Attention(_) => (&[], &[0]),
-            _ => (&[0], &[]),
+    pub fn output(&mut self) -> Result<Output> {
+        let (acc, act, ids): (&[usize], &[usize], &[usize]) = match self.op {
+            Op::RmsNorm { .. } | Op::Glu { .. } => (&[], &[0], &[]),
+            Op::LinearGlu { .. } => (&[], &[1], &[]),
+            Op::AddRmsNorm { .. } => (&[0], &[0], &[]),
+            Op::Qkv { .. } => (&[0, 1, 2], &[], &[]),
+            Op::RopeStage(_) => (&[0], &[0], &[]),
+            Op::KvStage(_) | Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_) | Op::Attention(_) => {
+                (&[], &[0], &[])
+            }
+            Op::LogitsStats { .. } | Op::TopK { .. } => (&[1], &[], &[0]),
+            Op::Distribution { .. } => (&[1], &[], &[]),
+            Op::Sample { .. } => (&[], &[], &[0]),
+            Op::VerifyTree { .. } => (&[], &[], &[0, 1, 2]),
+            _ => (&[0], &[], &[]),
         };
-        if let (Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCopy(a), be) = (self.op, self.be) {
+        if let (Op::RopeStage(a) | Op::KvStage(a) | Op::KvCommit(a) | Op::KvCommitBatch(a) | Op::KvCopy(a), be) =
+            (self.op, self.be)
+        {
             let kv = if matches!(self.op, Op::KvCopy(_)) { &mut self.spare } else { &mut self.kv };
             let s = segments(&a, kv, &self.tree);
             let n = self.acc[0].len();
             be.attention(self.act[0].head_mut(n), self.acc[0].head(n), &s, 1, &a.spec)?;
         }
-        let mut out = Vec::new();
+        let mut out = Output::default();
         for &i in acc {
-            out.extend(download::<B, B::Acc>(self.be, self.acc[i].head(self.acc[i].len()), self.acc[i].len())?);
+            let values = download::<B, B::Acc>(self.be, self.acc[i].head(self.acc[i].len()), self.acc[i].len())?;
+            out.values.push(from_elems(&values));
         }
         for &i in act {
-            out.extend(download::<B, B::Act>(self.be, self.act[i].head(self.act[i].len()), self.act[i].len())?);
+            let values = download::<B, B::Act>(self.be, self.act[i].head(self.act[i].len()), self.act[i].len())?;
+            out.values.push(from_elems(&values));
+        }
+        for &i in ids {
+            let ids = &self.id_buffers[i];
+            out.ids.extend(download::<B, u32>(self.be, ids.head(ids.len()), ids.len())?);
+        }
+        if let Op::VerifyTree { sequences, .. } = self.op {
+            let (path, found) = out.ids.split_at(out.ids.len() - 2 * sequences);
+            let paths = path.chunks(path.len() / sequences).zip(found);
+            out.ids = paths.flat_map(|(p, n)| &p[..*n as usize]).chain(found).copied().collect();
         }
         Ok(out)
     }
@@ -434,8 +502,8 @@ fn segments<'a, B: Backend>(a: &Attn, kv: &'a mut [B::Kv], tree: &'a [TreeMask])
     parts.map(|((kv, tree), &(past, rows))| Segment { kv, past, rows, mask: mask(a.mask, tree) }).collect()
 }
 
-fn download<B: Backend, T: crate::dtype::Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<f64>> {
+fn download<B: Backend, T: crate::dtype::Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<T>> {
     let mut host = vec![T::default(); n];
     be.download(from, &mut host)?;
-    Ok(from_elems(&host))
+    Ok(host)
 }

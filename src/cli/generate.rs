@@ -28,9 +28,9 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     session.prefill()?;
     let prefill_s = start.elapsed().as_secs_f64();
     let mut top: Vec<Value> = Vec::new();
-    let best = |s: &Session| json!(top_k(Tier::detect(), s.logits(), args.top_logits));
+    let best = |s: &mut Session| s.logits().map(|x| json!(top_k(Tier::detect(), x, args.top_logits)));
     if args.top_logits > 0 && args.sampling.max_tokens == 0 {
-        top.push(best(&session));
+        top.push(best(&mut session)?);
     }
     let (mut text, mut out_ids) = (String::new(), Vec::new());
     let start = Instant::now();
@@ -40,7 +40,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         if let Some(id) = piece.id {
             out_ids.push(id);
             if args.top_logits > 0 {
-                top.push(best(running.session()));
+                top.push(best(running.session())?);
             }
         }
         if !common.json {

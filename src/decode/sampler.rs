@@ -1,7 +1,9 @@
 //! From logits to a token: greedy, or temperature with top-k, top-p and min-p.
 
+use crate::backend::cpu::{Tier, sampling::sample};
+use crate::backend::{Draw, NO_TOKEN};
 use crate::error::{Result, bail, ensure};
-use crate::rng::Rng;
+use crate::rng::Key;
 
 /// How the next token is drawn. Plain data.
 ///
@@ -70,78 +72,41 @@ impl Sampler {
         }
     }
 
-    /// The candidates and their probabilities (they sum to 1), most likely first. `logits` are changed by the penalty.
+    /// What the backends take: this sampler, but for its penalty, with the random number of `key`.
+    pub fn draw(&self, key: Key) -> Draw {
+        let top_k = u32::try_from(self.top_k).unwrap_or(0);
+        Draw { temperature: self.temperature, top_k, top_p: self.top_p, min_p: self.min_p, key }
+    }
+
+    /// Draws a token on the host. `logits` are changed by the penalty.
     ///
     /// # Errors
     /// `Diverged` if a logit is NaN or none is finite.
-    pub fn distribution(&self, logits: &mut [f32], history: &[u32]) -> Result<Vec<(u32, f32)>> {
+    pub fn sample(&self, logits: &mut [f32], history: &[u32], key: Key) -> Result<u32> {
         self.penalize(logits, history);
-        let best = argmax(logits)?;
-        if self.is_greedy() {
-            return Ok(vec![(best as u32, 1.0)]);
-        }
-        let (max, t) = (logits[best], self.temperature);
-        let weight = |x: f32| ((x - max) / t).exp();
-        let mut c: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &x)| (i as u32, weight(x))).collect();
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if self.top_k > 0 && self.top_k < c.len() {
-            c.select_nth_unstable_by(self.top_k - 1, order);
-            c.truncate(self.top_k);
-        }
-        let total: f64 = c.iter().map(|x| x.1 as f64).sum();
-        // Most of a vocabulary is far below any threshold: leave it out before sorting, by a bound that cannot drop a keeper.
-        let negligible = (1.0 - self.top_p as f64) * total / c.len() as f64 * 0.5;
-        if self.top_p < 1.0 {
-            c.retain(|x| x.1 as f64 >= negligible);
-        }
-        c.retain(|x| x.1 >= self.min_p);
-        c.sort_unstable_by(order);
-        if self.top_p < 1.0 {
-            let mut mass = 0.0;
-            let enough = c.iter().position(|x| {
-                mass += x.1 as f64;
-                mass >= self.top_p as f64 * total
-            });
-            c.truncate(enough.map_or(c.len(), |i| i + 1));
-        }
-        let total: f64 = c.iter().map(|x| x.1 as f64).sum();
-        c.iter_mut().for_each(|x| x.1 = (x.1 as f64 / total) as f32);
-        Ok(c)
+        let mut token = [NO_TOKEN];
+        sample(Tier::detect(), logits, &self.draw(key), &mut token);
+        drawn(token[0])
     }
+}
 
-    /// Draws a token: by inversion of the candidates' cumulative distribution with one uniform number.
-    pub fn sample(&self, logits: &mut [f32], history: &[u32], rng: &mut Rng) -> Result<u32> {
-        if self.is_greedy() {
-            self.penalize(logits, history);
-            return Ok(argmax(logits)? as u32);
-        }
-        let c = self.distribution(logits, history)?;
-        let (u, mut sum) = (rng.uniform() as f64, 0.0);
-        let hit = c.iter().find(|x| {
-            sum += x.1 as f64;
-            u < sum
-        });
-        Ok(hit.or(c.last()).map_or(0, |x| x.0))
+/// A token that a backend drew.
+///
+/// # Errors
+/// `Diverged` where there is none: a model that has left the numbers must not look as if it spoke.
+pub(super) fn drawn(token: u32) -> Result<u32> {
+    if token == NO_TOKEN {
+        bail!(Diverged, "the logits are not finite: the weights are damaged, or the computation overflowed");
     }
+    Ok(token)
 }
 
 /// The place of the largest value, the lowest of equals.
 ///
 /// # Errors
-/// `Diverged` on NaN, or where nothing is finite: a model that has left the numbers must not look as if it spoke.
+/// `Diverged` on NaN, or where nothing is finite.
 pub fn argmax(logits: &[f32]) -> Result<usize> {
-    let mut best = 0;
-    let mut nan = false;
-    for (i, &x) in logits.iter().enumerate() {
-        nan |= x.is_nan();
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    if nan || !logits.get(best).is_some_and(|x| x.is_finite()) {
-        bail!(Diverged, "the logits are not finite: the weights are damaged, or the computation overflowed");
-    }
-    Ok(best)
+    Sampler::greedy().sample(&mut logits.to_vec(), &[], Key::default()).map(|id| id as usize)
 }
 
 #[cfg(test)]
@@ -149,10 +114,10 @@ mod tests {
     use super::*;
 
     fn draw(s: Sampler, logits: &[f32], n: usize) -> Vec<usize> {
-        let mut rng = Rng::new(7);
         let mut count = vec![0; logits.len()];
-        for _ in 0..n {
-            count[s.sample(&mut logits.to_vec(), &[], &mut rng).unwrap() as usize] += 1;
+        for i in 0..n {
+            let key = Key { seed: 7, stream: 0, counter: i as u64 };
+            count[s.sample(&mut logits.to_vec(), &[], key).unwrap() as usize] += 1;
         }
         count
     }
@@ -172,23 +137,6 @@ mod tests {
     }
 
     #[test]
-    fn filters_keep_what_they_say() {
-        let l = |p: [f32; 4]| p.map(f32::ln);
-        let ids =
-            |s: Sampler, p| -> Vec<u32> { s.distribution(&mut l(p), &[]).unwrap().into_iter().map(|x| x.0).collect() };
-        let one = Sampler { temperature: 1.0, ..Sampler::greedy() };
-        let p = [0.1, 0.4, 0.3, 0.2];
-        assert_eq!(ids(one, p), [1, 2, 3, 0]);
-        assert_eq!(ids(Sampler { top_k: 2, ..one }, p), [1, 2]);
-        assert_eq!(ids(Sampler { top_p: 0.65, ..one }, p), [1, 2]);
-        assert_eq!(ids(Sampler { top_p: 0.75, ..one }, p), [1, 2, 3]);
-        assert_eq!(ids(Sampler { min_p: 0.6, ..one }, p), [1, 2]);
-        assert_eq!(ids(Sampler { top_k: 3, ..one }, [0.25; 4]), [0, 1, 2]);
-        let d = Sampler { top_k: 2, ..one }.distribution(&mut l(p), &[]).unwrap();
-        assert!((d[0].1 - 4.0 / 7.0).abs() < 1e-6);
-    }
-
-    #[test]
     fn penalty_counts_each_token_once() {
         let s = Sampler { repeat_penalty: 2.0, ..Sampler::greedy() };
         let mut l = [4.0, 3.0, -1.0];
@@ -198,9 +146,8 @@ mod tests {
 
     #[test]
     fn not_finite_is_an_error_and_ties_go_low() {
-        let mut r = Rng::new(0);
         for bad in [[f32::NAN, 1.0], [f32::NEG_INFINITY; 2], [1.0, f32::INFINITY]] {
-            assert!(Sampler::greedy().sample(&mut bad.to_vec(), &[], &mut r).is_err());
+            assert!(argmax(&bad).is_err());
         }
         assert_eq!(argmax(&[1.0, 3.0, 3.0]).unwrap(), 1);
     }

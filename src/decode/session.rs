@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use super::Sampler;
-use crate::backend::{Backend, Mask};
+use super::sampler::drawn;
+use crate::backend::{Backend, Buffer, Mask};
 use crate::error::{Result, bail, ensure};
 use crate::model::{KvCache, Model, Sequence, Want, Workspace};
-use crate::rng::Rng;
+use crate::rng::Key;
 
 /// Rows of one prefill pass: enough to be bound by arithmetic, few enough to keep activations in the cache and memory small.
 pub const PREFILL_ROWS: usize = 64;
@@ -19,11 +20,15 @@ pub struct Session<B: Backend> {
     cache: KvCache<B>,
     ws: Workspace<B>,
     tokens: Vec<u32>,
-    logits: Vec<f32>,
-    /// `tokens.len()` at which `logits` were computed; 0: never.
+    /// `tokens.len()` at which the logits in the workspace were computed; 0: never.
     logits_at: usize,
-    /// Random numbers of this session's sampling.
-    pub rng: Rng,
+    /// The logits, where somebody on the host asked for them.
+    logits: Vec<f32>,
+    /// The token drawn, on the device.
+    drawn: B::Buf<u32>,
+    seed: u64,
+    /// Which of the seed's random numbers this session draws by: another stream, another continuation of the same text.
+    pub stream: u64,
 }
 
 impl<B: Backend> Session<B> {
@@ -43,8 +48,8 @@ impl<B: Backend> Session<B> {
         let rows = PREFILL_ROWS.min(capacity);
         let cache = KvCache::new(be, cfg, capacity)?;
         let ws = Workspace::new(be, cfg, rows, LOGIT_ROWS.min(rows))?;
-        let logits = vec![0.0; cfg.vocab];
-        Ok(Self { cache, ws, tokens: Vec::with_capacity(capacity), logits, logits_at: 0, rng: Rng::new(seed), model })
+        let (tokens, logits, drawn) = (Vec::with_capacity(capacity), Vec::new(), be.alloc(1)?);
+        Ok(Self { cache, ws, tokens, logits_at: 0, logits, drawn, seed, stream: 0, model })
     }
 
     /// The model.
@@ -81,7 +86,7 @@ impl<B: Backend> Session<B> {
         }
     }
 
-    /// Runs all pending tokens through the model, so that [`Session::logits`] are those of the last. Returns the passes made.
+    /// Runs all pending tokens through the model, so that the logits behind the last are known. Returns the passes made.
     ///
     /// # Errors
     /// An empty session, or more tokens than its capacity.
@@ -107,27 +112,44 @@ impl<B: Backend> Session<B> {
             self.cache.commit_first(end - at)?;
             passes += 1;
         }
-        self.ws.logits(self.model.backend(), 0, &mut self.logits)?;
         self.logits_at = n;
         Ok(passes)
     }
 
-    /// Logits of the token after the last one, as of the last [`Session::advance`].
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
+    /// Logits of the token after the last one, as of the last [`Session::advance`], brought to the host.
+    ///
+    /// # Errors
+    /// None were computed, or a [`Session::stage`] has taken their place.
+    pub fn logits(&mut self) -> Result<&[f32]> {
+        ensure!(self.logits_at > 0, Usage, "there are no logits: advance the session first");
+        self.logits.resize(self.model.config().vocab, 0.0);
+        self.ws.logits(self.model.backend(), 0, &mut self.logits)?;
+        Ok(&self.logits)
     }
 
-    /// Draws the next token, without appending it.
+    /// Draws the next token, without appending it: on the device, where nothing but the token leaves it, unless there is a
+    /// repetition penalty. The random number is that of the token's position, so the same seed, stream and text give the
+    /// same token, however the text came about.
+    ///
+    /// # Errors
+    /// As [`Session::logits`]; `Diverged` where the logits are not finite.
     pub fn sample(&mut self, sampler: &Sampler) -> Result<u32> {
-        if sampler.repeat_penalty == 1.0 {
-            return sampler.sample(&mut self.logits, &self.tokens, &mut self.rng);
+        let key = Key { seed: self.seed, stream: self.stream, counter: self.tokens.len() as u64 };
+        if sampler.repeat_penalty != 1.0 {
+            // The penalty changes logits in place; those of the model are kept.
+            let mut logits = self.logits()?.to_vec();
+            return sampler.sample(&mut logits, &self.tokens, key);
         }
-        // The penalty changes logits in place; those of the model are kept.
-        sampler.sample(&mut self.logits.clone(), &self.tokens, &mut self.rng)
+        ensure!(self.logits_at > 0, Usage, "there are no logits: advance the session first");
+        let (be, mut token) = (self.model.backend(), [0]);
+        be.sample(self.drawn.head_mut(1), self.ws.logit_rows(1), &[sampler.draw(key)])?;
+        be.download(self.drawn.head(1), &mut token)?;
+        drawn(token[0])
     }
 
     /// One pass over `tokens` behind the committed rows, staged and not kept; all rows' logits are in the workspace.
     pub fn stage(&mut self, tokens: &[u32], mask: Mask<'_>, want: Want<'_>) -> Result<usize> {
+        self.logits_at = 0;
         let seq = Sequence { cache: &mut self.cache, tokens, mask, want };
         self.model.forward(&mut [seq], &mut self.ws)
     }

@@ -30,7 +30,7 @@ pub(super) trait AnySession: Send {
     fn push(&mut self, tokens: &[u32]);
     fn truncate(&mut self, len: usize);
     fn advance(&mut self) -> Result<u64>;
-    fn logits(&self) -> &[f32];
+    fn logits(&mut self) -> Result<&[f32]>;
     fn begin(&mut self, how: &Decode);
     fn step(&mut self) -> Result<usize>;
     fn stats(&self) -> DecodeStats;
@@ -86,7 +86,7 @@ impl<B: Backend> AnySession for Running<B> {
         self.session.advance()
     }
 
-    fn logits(&self) -> &[f32] {
+    fn logits(&mut self) -> Result<&[f32]> {
         self.session.logits()
     }
 

@@ -155,8 +155,11 @@ impl Session {
         self.inner.advance().map(drop)
     }
 
-    /// Logits behind the last token computed, one per vocabulary entry.
-    pub fn logits(&self) -> &[f32] {
+    /// Logits behind the last token computed, one per vocabulary entry, brought from the device.
+    ///
+    /// # Errors
+    /// None were computed yet.
+    pub fn logits(&mut self) -> Result<&[f32]> {
         self.inner.logits()
     }
 
@@ -201,7 +204,7 @@ impl Generation<'_> {
     }
 
     /// The session it extends.
-    pub fn session(&self) -> &Session {
+    pub fn session(&mut self) -> &mut Session {
         self.session
     }
 

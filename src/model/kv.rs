@@ -5,7 +5,7 @@
 //! committed part, so a step can be abandoned for free.
 
 use super::config::ModelConfig;
-use crate::backend::Backend;
+use crate::backend::{Backend, Buffer, Mask, Segment};
 use crate::error::{Result, ensure};
 
 /// Keys and values of all layers of one sequence.
@@ -59,6 +59,32 @@ impl<B: Backend> KvCache<B> {
         self.len += rows.len();
         self.staged = 0;
         Ok(())
+    }
+
+    /// Keeps in each cache the staged rows that verification found, at one go: those of `path[s * stride..][..counts[s]]`, as
+    /// [`Backend::verify_tree`] wrote them. Returns the counts, which had to come to the host.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn commit_batch(
+        be: &B,
+        caches: &mut [&mut Self],
+        path: &B::Buf<u32>,
+        counts: &B::Buf<u32>,
+        stride: usize,
+    ) -> Result<Vec<u32>> {
+        let n = caches.len();
+        let mut segments: Vec<Segment<'_, B>> = caches
+            .iter_mut()
+            .map(|c| Segment { past: c.len, rows: c.staged, kv: &mut c.kv, mask: Mask::Causal })
+            .collect();
+        be.kv_commit_batch(&mut segments, path.head(n * stride), counts.head(n), stride)?;
+        let mut kept = vec![0; n];
+        be.download(counts.head(n), &mut kept)?;
+        for (c, n) in caches.iter_mut().zip(&kept) {
+            c.commit_first(*n as usize)?;
+        }
+        Ok(kept)
     }
 
     /// Keeps the first `n` staged rows: nothing moves.

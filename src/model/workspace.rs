@@ -1,7 +1,7 @@
 //! Buffers of a forward pass, planned once: no allocation happens in a step.
 
 use super::config::ModelConfig;
-use crate::backend::{Backend, Buffer};
+use crate::backend::{Backend, Buffer, In};
 use crate::error::{Result, ensure};
 
 /// Activations of up to `max_rows` rows. On the CPU, pages are touched only by passes that need them.
@@ -78,6 +78,11 @@ impl<B: Backend> Workspace<B> {
     /// Copies logit row `i` of the last pass; `out` has one entry per vocabulary token.
     pub fn logits(&self, be: &B, i: usize, out: &mut [f32]) -> Result<()> {
         be.download_acc(self.logits.view(i * self.vocab..(i + 1) * self.vocab), out)
+    }
+
+    /// The first `rows` logit rows of the last pass, where they are: for what samples and verifies on the device.
+    pub fn logit_rows(&self, rows: usize) -> In<'_, B, B::Acc> {
+        self.logits.head(rows * self.vocab)
     }
 
     /// Copies row `i` of the residual stream behind the last layer, before the final norm; `out` has `hidden` entries.

@@ -59,8 +59,9 @@ TEST(logits_stats) {
     Array<float> x(rows * vocab);
     x.fill([&](size_t i) { return logit(i / vocab, rng); });
     for (u32 r = 0; r < rows; r++) x[r * vocab + vocab / 2] = fmaxf(x[r * vocab + vocab / 2], -3.f);  // something finite
-    Array<LogitStats> stats(rows);
-    test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, rows, vocab}, rows, vocab == 4100 ? 1024 : 64, 0, stats);
+    Array<float> stats(rows * 3);
+    Array<u32> argmax(rows);
+    test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, {argmax.p}, rows, vocab}, rows, vocab == 4100 ? 1024 : 64, 0, stats);
     for (u32 r = 0; r < rows; r++) {
       const float* row = x.p + r * vocab;
       const u32 best = order(row, vocab)[0];
@@ -69,18 +70,19 @@ TEST(logits_stats) {
         const double d = double(row[i]) - row[best], e = exp(d);
         z += e, s += e > 0 ? d * e : 0;
       }
-      const LogitStats& t = stats[r];
-      CHECK(t.argmax == best && t.max == row[best], "row %u of %u: %u, not %u", r, vocab, t.argmax, best);
-      CHECK(fabs(t.lse - (row[best] + log(z))) < 2e-6 * (1 + fabs(row[best])), "lse %g, not %g", t.lse, row[best] + log(z));
-      CHECK(fabs(t.entropy - (log(z) - s / z)) < 1e-5 * (1 + log(vocab)), "entropy %g, not %g", t.entropy, log(z) - s / z);
+      const float max = stats[3 * r], lse = stats[3 * r + 1], entropy = stats[3 * r + 2];
+      CHECK(argmax[r] == best && max == row[best], "row %u of %u: %u, not %u", r, vocab, argmax[r], best);
+      CHECK(fabs(lse - (row[best] + log(z))) < 2e-6 * (1 + fabs(row[best])), "lse %g, not %g", lse, row[best] + log(z));
+      CHECK(fabs(entropy - (log(z) - s / z)) < 1e-5 * (1 + log(vocab)), "entropy %g, not %g", entropy, log(z) - s / z);
     }
   }
   // What cannot be spoken from.
   Array<float> x(3 * 40);
   x.fill([](size_t i) { return i == 30 ? NAN : i / 40 == 1 ? -INFINITY : i == 90 ? INFINITY : 0.5f; });
-  Array<LogitStats> stats(3);
-  test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, 3, 40}, 3, 64, 0, stats);
-  for (int r = 0; r < 3; r++) CHECK(std::isnan(stats[r].max), "row %d", r);
+  Array<float> stats(9);
+  Array<u32> argmax(3);
+  test::launch3("logits_stats", LogitsStats{{x.p}, {stats.p}, {argmax.p}, 3, 40}, 3, 64, 0, argmax);
+  for (int i = 0; i < 9; i++) CHECK(std::isnan(stats[i]) && argmax[i / 3] == NO_TOKEN, "statistic %d", i);
 }
 
 TEST(top_k) {
@@ -151,7 +153,48 @@ TEST(distribution) {
     }
 }
 
-// Each draw is the inverse of the cumulative distribution at the number that the host would have made, so that many of them cover it evenly.
+namespace {
+// The first id at which the law's running sum exceeds u; `near` if rounding could have moved it.
+u32 invert(const std::vector<double>& p, double u, bool& near) {
+  double sum = 0, total = 0;
+  for (double v : p) total += v;
+  u32 token = NO_TOKEN;
+  near = false;
+  for (u32 i = 0; i < p.size(); i++) {
+    sum += p[i] / total;
+    near |= p[i] > 0 && fabs(sum - u) < 1e-5 && sum < 1 - 1e-9;
+    if (token == NO_TOKEN && sum > u) token = i;
+  }
+  return token;
+}
+}  // namespace
+
+// Each draw is the inverse of the cumulative distribution at its own random number, in the order of ids, without what the row gave
+// before, whatever the size of the block.
+TEST(sample_inverts_the_law) {
+  for (u32 vocab : {3u, 40u, 1027u, 5000u}) {
+    const u32 rows = 6, n = 3;
+    Rng rng(vocab + 9);
+    Array<float> x(rows * vocab);
+    Array<Draw> d(rows);
+    Array<u32> tokens(rows * n);
+    x.fill([&](size_t i) { return logit(i / vocab % 2, rng); });
+    d.fill([&](size_t i) { return Draw{11, i, 500, i == 5 ? 0.f : 0.8f, i % 3 ? 1.f : 0.9f, i == 4 ? 0.01f : 0.f, i == 2 ? 20u : 0u}; });
+    const Sample args{{x.p}, {d.p}, {tokens.p}, rows, vocab, n};
+    if (vocab == 5000) test::launch("sample", args, rows, 1024);
+    else test::launch3("sample", args, rows, vocab == 40 ? 32 : 128, 0, tokens);
+    for (u32 r = 0; r < rows; r++) {
+      std::vector<double> p = truth(x.p + r * vocab, vocab, d[r]);
+      for (u32 i = 0; i < n; i++) {
+        bool near;
+        const u32 want = invert(p, double(random_bits(11, r, 500 + i) >> 11) / 9007199254740992.0, near);
+        CHECK(!near && tokens[r * n + i] == want, "row %u of %u, draw %u: %u, not %u", r, vocab, i, tokens[r * n + i], want);
+        if (want < vocab) p[want] = 0;
+      }
+    }
+  }
+}
+
 TEST(sample) {
   const u32 vocab = 12, n = 1500;
   Rng rng(4);
@@ -162,7 +205,7 @@ TEST(sample) {
   for (u32 i = 0; i < vocab; i++) row.push_back(logit(0, rng) / 3);
   x.fill([&](size_t i) { return row[i % vocab]; });
   d.fill([&](size_t i) { return Draw{42, 7, i, 0.9f, 0.95f, 0.f, 10}; });
-  test::launch("sample", Sample{{x.p}, {d.p}, {tokens.p}, n, vocab}, n, 32);
+  test::launch("sample", Sample{{x.p}, {d.p}, {tokens.p}, n, vocab, 1}, n, 32);
   const std::vector<double> p = truth(row.data(), vocab, d[0]);
   std::vector<u32> count(vocab, 0);
   for (u32 r = 0; r < n; r++) {
@@ -183,7 +226,7 @@ TEST(sample) {
   Array<Draw> e(4);
   e.fill([&](size_t i) { return Draw{9, 1, 100 + i, i == 1 ? 0.f : 1.f, 0.99f, 0.f, 0}; });
   Array<u32> t(4);
-  test::launch3("sample", Sample{{y.p}, {e.p}, {t.p}, 4, longer}, 4, 256, 0, t);
+  test::launch3("sample", Sample{{y.p}, {e.p}, {t.p}, 4, longer, 1}, 4, 256, 0, t);
   CHECK(t[0] < longer && t[1] == order(y.p + longer, longer)[0] && t[2] == NO_TOKEN && t[3] == NO_TOKEN, "%u %u %u %u", t[0], t[1], t[2], t[3]);
 }
 
@@ -351,7 +394,7 @@ TEST(verify_siblings_follows_the_rule) {
       for (u32 c = at + 1; c < nodes_each && !more; c++) {
         if (parents[f + c] != at) continue;
         const u32 x = tokens[f + c];
-        const double u = double(u32(random_bits(5, s, 1000 + decisions++) >> 32)) / 4294967296.0;
+        const double u = double(random_bits(5, s, 1000 + decisions++) >> 11) / 9007199254740992.0;
         if (u * qq[x] < pp[x]) {
           CHECK(kept < counts[s] && path[s * stride + kept] == c, "sequence %u, place %u: not node %u", s, kept, c);
           at = c, kept++, more = true;

@@ -5,12 +5,13 @@ use super::kv::CpuKv;
 use super::matmul::{Job, MatmulCx, PackedWeight, Scratch, linear, linear_glu, linear_many};
 use super::memory::Arena;
 use super::pool::Pool;
-use super::rows;
 use super::{Compute, Tier};
+use super::{logits, rows, sampling};
 use crate::backend::host::HostBuf;
-use crate::backend::{AttnSpec, Backend, Linear, Segment};
+use crate::backend::sampling::width;
+use crate::backend::{Accepted, AttnSpec, Backend, Draw, Linear, Rule, Segment, Trees};
 use crate::dtype::Elem;
-use crate::error::Result;
+use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 use crate::tensor::HostTensor;
 
@@ -38,6 +39,11 @@ impl Cpu {
     /// Its instructions.
     pub fn tier(&self) -> Tier {
         self.tier
+    }
+
+    /// One task for each row.
+    fn each<T: Send>(&self, rows: &mut [T], f: impl Fn(&mut T) + Sync) {
+        self.pool.run_chunks(rows, 1, |_, row| row.iter_mut().for_each(&f));
     }
 
     fn cx(&self) -> MatmulCx<'_> {
@@ -220,5 +226,69 @@ impl Backend for Cpu {
         let views: Vec<SegView<'_>> =
             segments.iter().map(|s| SegView { kv: &*s.kv, past: s.past, rows: s.rows, mask: s.mask }).collect();
         attention(&self.pool, self.tier, y, q, &views, layer, spec)
+    }
+
+    fn logits_stats(&self, stats: &mut [f32], argmax: &mut [u32], logits: &[f32], vocab: usize) -> Result<()> {
+        let mut rows: Vec<_> = stats.chunks_exact_mut(3).zip(argmax).zip(logits.chunks_exact(vocab)).collect();
+        self.each(&mut rows, |((stats, best), x)| **best = sampling::stats(self.tier, x, stats));
+        Ok(())
+    }
+
+    fn top_k(&self, values: &mut [f32], ids: &mut [u32], logits: &[f32], vocab: usize, k: usize) -> Result<()> {
+        ensure!((1..=vocab).contains(&k), Shape, "the {k} largest of {vocab} logits");
+        let places = values.chunks_exact_mut(k).zip(ids.chunks_exact_mut(k));
+        let mut rows: Vec<_> = places.zip(logits.chunks_exact(vocab)).collect();
+        self.each(&mut rows, |((values, ids), x)| {
+            let top = logits::top_k(self.tier, x, k);
+            top.into_iter().zip(values.iter_mut().zip(ids.iter_mut())).for_each(|((i, x), to)| (*to.1, *to.0) = (i, x));
+        });
+        Ok(())
+    }
+
+    fn sample(&self, tokens: &mut [u32], logits: &[f32], draws: &[Draw]) -> Result<()> {
+        if draws.is_empty() {
+            return Ok(());
+        }
+        let (vocab, n) = (width("sample", logits.len(), draws.len())?, width("sample", tokens.len(), draws.len())?);
+        let mut rows: Vec<_> = tokens.chunks_exact_mut(n).zip(logits.chunks_exact(vocab)).zip(draws).collect();
+        self.each(&mut rows, |((tokens, x), draw)| sampling::sample(self.tier, x, draw, tokens));
+        Ok(())
+    }
+
+    fn distribution(&self, p: &mut [f32], logits: &[f32], draws: &[Draw]) -> Result<()> {
+        if draws.is_empty() {
+            return Ok(());
+        }
+        let vocab = width("distribution", logits.len(), draws.len())?;
+        let mut rows: Vec<_> = p.chunks_exact_mut(vocab).zip(logits.chunks_exact(vocab)).zip(draws).collect();
+        self.each(&mut rows, |((p, x), draw)| sampling::distribution(self.tier, x, draw, p));
+        Ok(())
+    }
+
+    fn verify_tree(&self, to: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {
+        let Accepted { path, counts, next } = to;
+        trees.check(counts.len())?;
+        if counts.is_empty() {
+            return Ok(());
+        }
+        let stride = width("verify_tree", path.len(), counts.len())?;
+        let mut vocab = 0;
+        if let Rule::Reject { p, q, drafts, keys } = &rule {
+            vocab = width("verify_tree", p.len(), trees.tokens.len())?;
+            trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
+        }
+        let found = counts.iter_mut().zip(next.iter_mut());
+        let mut rows: Vec<_> = trees.iter().zip(path.chunks_exact_mut(stride)).zip(found).enumerate().collect();
+        self.each(&mut rows, |(s, ((tree, path), (count, next)))| {
+            (**count, **next) = match &rule {
+                Rule::Match(picks) => tree.walk(picks, path),
+                Rule::Reject { p, q, drafts, keys } => {
+                    let p = |node: usize| &p[(tree.first + node) * vocab..][..vocab];
+                    let q = |node: usize| &q[drafts[tree.first + node] as usize * vocab..][..vocab];
+                    sampling::reject(tree, p, q, keys[*s], path)
+                }
+            }
+        });
+        Ok(())
     }
 }

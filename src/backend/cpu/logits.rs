@@ -53,7 +53,7 @@ impl Kernel for Stats<'_> {
 
 /// The greatest value, -inf if there is none.
 #[inline(always)]
-fn greatest<S: Simd>(s: S, x: &[f32]) -> f32 {
+pub(super) fn greatest<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut best = [s.splat(f32::NEG_INFINITY); 4];
     for quad in x.chunks(4 * S::N) {
         for (best, x) in best.iter_mut().zip(quad.chunks(S::N)) {

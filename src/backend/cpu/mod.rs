@@ -10,6 +10,7 @@ pub mod matmul;
 pub mod memory;
 pub mod pool;
 pub mod rows;
+pub mod sampling;
 
 pub use backend::Cpu;
 

@@ -340,11 +340,17 @@ pub(super) enum Slot {
     TreeBits,
     Parts,
     Stats,
+    Draws,
+    Trees,
+    TreeTokens,
+    TreeParents,
+    Drafts,
+    Chances,
 }
 
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
-pub(super) struct Small([Entry; 6]);
+pub(super) struct Small([Entry; 12]);
 
 #[derive(Default)]
 struct Entry {

@@ -110,6 +110,19 @@ kernels! {
         KV_STAGE: KvStage = "kv_stage";
         ROPE_STAGE: RopeStage = "rope_stage";
         KV_COMMIT: KvCommit = "kv_commit";
+        KV_COMMIT_BATCH: KvCommitBatch = "kv_commit_batch";
+    }
+    "logits" {
+        LOGITS_STATS: LogitsStats = "logits_stats";
+        TOP_K: TopK = "top_k";
+    }
+    "sample" {
+        SAMPLE: Sample = "sample";
+        DISTRIBUTION: Distribution = "distribution";
+    }
+    "verify" {
+        VERIFY_WALK: VerifyWalk = "verify_walk";
+        VERIFY_SIBLINGS: VerifySiblings = "verify_siblings";
     }
     "attention" {
         ATTEND_64_M16: Attention = "attend_64_m16";

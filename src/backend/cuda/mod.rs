@@ -15,6 +15,7 @@ mod memory;
 mod ops;
 mod pack;
 mod peaks;
+mod sampling;
 mod weight;
 
 use std::fmt::Display;

@@ -8,7 +8,7 @@ use super::kernels::{self as k, Family, Kernel};
 use super::kv::{CudaKv, table};
 use super::memory::{CudaBuf, Dst, Src};
 use super::weight::{CudaWeight, Form};
-use crate::backend::{AttnSpec, Backend, Buffer, Mask, Segment, WeightInfo};
+use crate::backend::{Accepted, AttnSpec, Backend, Buffer, Draw, Mask, Rule, Segment, Trees, WeightInfo};
 use crate::dtype::{DType, Elem};
 use crate::error::{Result, bail};
 use crate::model::config::Activation;
@@ -64,7 +64,7 @@ impl Cuda {
     }
 
     /// Sends the table of segments; the guard keeps it until the launch.
-    fn segments(
+    pub(super) fn segments(
         &self,
         small: &mut super::device::Small,
         segments: &[Segment<'_, Self>],
@@ -349,6 +349,16 @@ impl Backend for Cuda {
         self.launch(k::KV_COMMIT, args, [(kv.layers * kv.kv_dim / 4).div_ceil(128), 1, 1], 128, 0)
     }
 
+    fn kv_commit_batch(
+        &self,
+        segments: &mut [Segment<'_, Self>],
+        path: Src<'_, u32>,
+        counts: Src<'_, u32>,
+        stride: usize,
+    ) -> Result<()> {
+        self.run_kv_commit_batch(segments, path, counts, stride)
+    }
+
     fn kv_copy(&self, dst: &mut CudaKv, src: &CudaKv, len: usize) -> Result<()> {
         dst.copy_from(&self.stream, src, len)
     }
@@ -463,5 +473,38 @@ impl Backend for Cuda {
             self.launch(k::ATTEND_MERGE, args, [(heads * head_dim / 4).div_ceil(128), 1, 1], 128, 0)?;
         }
         Ok(())
+    }
+
+    fn logits_stats(
+        &self,
+        stats: Dst<'_, f32>,
+        argmax: Dst<'_, u32>,
+        logits: Src<'_, f32>,
+        vocab: usize,
+    ) -> Result<()> {
+        self.run_logits_stats(stats, argmax, logits, vocab)
+    }
+
+    fn top_k(
+        &self,
+        values: Dst<'_, f32>,
+        ids: Dst<'_, u32>,
+        logits: Src<'_, f32>,
+        vocab: usize,
+        k: usize,
+    ) -> Result<()> {
+        self.run_top_k(values, ids, logits, vocab, k)
+    }
+
+    fn sample(&self, tokens: Dst<'_, u32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
+        self.run_sample(tokens, logits, draws)
+    }
+
+    fn distribution(&self, p: Dst<'_, f32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
+        self.run_distribution(p, logits, draws)
+    }
+
+    fn verify_tree(&self, accepted: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {
+        self.run_verify_tree(accepted, trees, rule)
     }
 }
