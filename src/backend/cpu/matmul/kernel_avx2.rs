@@ -332,10 +332,10 @@ unsafe fn dot_i16<const R: usize>(w: *const u8, x: *const Wide) -> [Ints; R] {
     unsafe {
         for g in 0..8 {
             for (odd, weights) in even_odd(load(w.add(g * 64))).iter().enumerate() {
-                for r in 0..R {
+                for (r, dots) in dots.iter_mut().enumerate() {
                     let x = _mm256_set1_epi32(x.add(r).cast::<i32>().add(2 * g + odd).read_unaligned());
                     for h in 0..2 {
-                        dots[r][h] = pin(_mm256_add_epi32(dots[r][h], _mm256_madd_epi16(weights[h], x)));
+                        dots[h] = pin(_mm256_add_epi32(dots[h], _mm256_madd_epi16(weights[h], x)));
                     }
                 }
             }
