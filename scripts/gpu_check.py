@@ -56,7 +56,7 @@ def rows(text):
 
 
 def tests(name, limit):
-    result, out, err = section([HERE / "tests" / name, "cuda", "--nocapture", "--test-threads=1"], limit)
+    result, out, err = section([HERE / "tests" / name, "cuda", "random_programs", "--nocapture", "--test-threads=1"], limit)
     passed = re.search(r"(\d+) passed; (\d+) failed", out)
     result["passed"], result["failed"] = map(int, passed.groups()) if passed else (0, 0)
     if "SKIPPED" in err and result["status"] == "ok":

@@ -306,12 +306,15 @@ impl Backend for Naive {
             return Ok(());
         }
         let stride = width("verify_tree", path.len(), counts.len())?;
+        let mut vocab = 0;
+        if let Rule::Reject { p, q, drafts, keys } = &rule {
+            vocab = width("verify_tree", p.len(), trees.tokens.len())?;
+            trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
+        }
         for (s, (tree, path)) in trees.iter().zip(path.chunks_exact_mut(stride)).enumerate() {
             (counts[s], next[s]) = match &rule {
                 Rule::Match(picks) => tree.walk(picks, path),
                 Rule::Reject { p, q, drafts, keys } => {
-                    let vocab = width("verify_tree", p.len(), trees.tokens.len())?;
-                    trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
                     let p = |node: usize| &p[(tree.first + node) * vocab..][..vocab];
                     let q = |node: usize| &q[drafts[tree.first + node] as usize * vocab..][..vocab];
                     sampling::reject(&tree, p, q, keys[s], path)
