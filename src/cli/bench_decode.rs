@@ -13,7 +13,7 @@ use crate::backend::{Mask, TreeMask};
 use crate::bench::peaks::fma_peak;
 use crate::bench::shapes::{RandomModel, Shape};
 use crate::engine::{Engine, Generate};
-use crate::error::{Context, Result, bail, ensure};
+use crate::error::{Context, Result, bail};
 use crate::model::ModelConfig;
 use crate::rng::Rng;
 
@@ -38,9 +38,8 @@ fn of_shape(common: &Common, shape: &str, args: &BenchDecodeArgs) -> Result<Engi
     let weights = model.bytes()? as f64 / 1e9;
     let (free, whose) =
         if on_gpu { (Some(cuda::free_memory(0)?), "the GPU's ") } else { (out::available_memory(), "") };
-    if let Some(free) = free.map(|n| n as f64 / 1e9) {
-        ensure!(
-            weights + kv <= free,
+    if let Some(free) = free.map(|n| n as f64 / 1e9).filter(|free| weights + kv > *free) {
+        bail!(
             Capacity,
             "{} needs {weights:.1} GB for weights in {dtype} and {kv:.1} GB for a context of {}; {free:.1} GB of {whose}memory are free",
             shape.name,
