@@ -3,7 +3,7 @@
 #
 #   kernels/test.sh [NAME...]        all test_*.cpp, or those of these names (rows, matmul, ...)
 #
-# MODES="plain address,undefined thread" chooses among the builds; OUT is the folder they go to; CXX the compiler.
+# MODES="plain address,undefined thread" chooses among the builds; OUT is the folder they go to; CXX the compiler, with LDFLAGS.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${OUT:-${TMPDIR:-/tmp}/quadriga-kernel-tests}
@@ -29,7 +29,7 @@ for mode in ${MODES:-plain address,undefined thread}; do
   for name in "${names[@]}"; do
     echo "== $name, $mode"
     # A test includes the .cu files it is about.
-    "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "${emulator[@]}" -o "$out/$name" -pthread
+    "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "${emulator[@]}" -o "$out/$name" -pthread ${LDFLAGS:-}
     ASAN_OPTIONS=detect_leaks=0 "$out/$name" >"$out/$name.log" 2>&1 || { failed=1; cat "$out/$name.log"; }
     tail -1 "$out/$name.log"
   done

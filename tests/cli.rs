@@ -10,8 +10,13 @@ fn models() -> PathBuf {
 }
 
 fn quadriga(args: &[&str]) -> Output {
+    quadriga_with(args, &[])
+}
+
+fn quadriga_with(args: &[&str], env: &[(&str, &Path)]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_quadriga"))
         .args(args)
+        .envs(env.iter().copied())
         .current_dir(models())
         .env("QUADRIGA_MODELS", models().join("nowhere"))
         .stdin(Stdio::null())
@@ -20,7 +25,11 @@ fn quadriga(args: &[&str]) -> Output {
 }
 
 fn json(args: &[&str]) -> Value {
-    let out = quadriga(args);
+    json_with(args, &[])
+}
+
+fn json_with(args: &[&str], env: &[(&str, &Path)]) -> Value {
+    let out = quadriga_with(args, env);
     assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
     serde_json::from_slice(&out.stdout).unwrap()
 }
@@ -79,6 +88,51 @@ fn inspect_and_bench_speak_json() {
     let out =
         json(&["eval", "ppl", "README.md", "-m", "tiny-llama", "--window", "64", "--max-tokens", "200", "--json"]);
     assert!(out["ppl"].as_f64().unwrap() > 1.0 && out["tokens"] == 200);
+}
+
+/// What `bench decode` promises, on a model with random weights.
+fn check_bench(device: &str, env: &[(&str, &Path)], weights: &[&str]) {
+    for weights in weights {
+        let sizes = ["--prompt-tokens", "3", "--new-tokens", "2", "--depth", "1", "--context", "65", "--reps", "1"];
+        let args = ["bench", "decode", "--shape", "tiny", "--weights", weights, "--device", device, "--json"];
+        let out = json_with(&[&args[..], &sizes].concat(), env);
+        assert!(out["device"].as_str().unwrap().starts_with(device), "{}", out["device"]);
+        for key in ["load_s", "weights_bytes", "read_gb_s", "prefill_tokens_per_s", "decode_tokens_per_s"] {
+            assert!(out[key].as_f64().unwrap() > 0.0, "{key} of {weights}: {}", out[key]);
+        }
+        for rows in ["1", "2", "4", "8", "16", "32", "64"] {
+            assert!(out["forward_ms"][rows].as_f64().unwrap() > 0.0, "{weights}: {rows} rows");
+        }
+        assert!(out["tree_ms"]["32"].as_f64().unwrap() > 0.0, "{weights}");
+        assert!(out["prefill_tflop_s"].is_number() && out["matrix_tflop_s"].is_object());
+    }
+}
+
+#[test]
+fn bench_decode_needs_no_weights() {
+    check_bench("cpu", &[], &["bf16", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k"]);
+    let shape = |s, w| ["bench", "decode", "--device", "cpu", "--shape", s, "--weights", w];
+    fails(&shape("gpt-17", "bf16"), &["gpt-17", "llama-3-8b"]);
+    fails(&shape("tiny", "q3_k"), &["q3_k", "q4_k"]);
+    fails(&shape("smollm2-135m", "q4_k"), &["SmolLM2-135M", "576", "256"]);
+    let huge = [&shape("tiny", "bf16")[..], &["--context", "100000000000"]].concat();
+    fails(&huge, &["tiny needs 0.0 GB for weights in BF16", "GB of memory are free"]);
+}
+
+/// The binary finds the stand-in for the driver as it would find the driver.
+#[cfg(feature = "emu")]
+#[test]
+fn cuda_benches_run_on_an_emulated_device() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(env!("QUADRIGA_EMU"), folder.path().join("libcuda.so")).unwrap();
+    let env = [("LD_LIBRARY_PATH", folder.path())];
+    check_bench("cuda", &env, &["bf16", "q4_k"]);
+    let says = |args: &[&str]| String::from_utf8_lossy(&quadriga_with(args, &env).stderr).into_owned();
+    let big = says(&["bench", "decode", "--device", "cuda", "--shape", "llama-3-8b"]);
+    assert!(big.contains("Llama-3-8B needs 16.1 GB") && big.contains("of the GPU's memory are free"), "{big}");
+    let args = ["bench", "kernels", "--device", "cuda", "--filter", "gather_rows", "--samples", "1", "--json"];
+    let row = json_with(&args, &env);
+    assert!(row["us"].as_f64().unwrap() > 0.0 && row["device"] == "cuda gpu-emu (CPU fibers)", "{row}");
 }
 
 #[test]

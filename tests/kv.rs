@@ -28,9 +28,13 @@ fn random_programs_equal_a_vector() {
         let cpu = Cpu::with(2, Tier::detect(), compute);
         programs_equal_a_vector(Model::load(Arc::new(cpu), &checkpoint, |_, _| {}).unwrap(), 12);
     }
-    if let Some(cuda) = common::gpu() {
-        programs_equal_a_vector(Model::load(Arc::new(cuda), &checkpoint, |_, _| {}).unwrap(), 4);
-    }
+}
+
+#[test]
+fn cuda_random_programs_equal_a_vector() {
+    let Some(cuda) = common::gpu() else { return };
+    let checkpoint = Checkpoint::open(&common::root().join("models/tiny-mistral")).unwrap();
+    programs_equal_a_vector(Model::load(Arc::new(cuda), &checkpoint, |_, _| {}).unwrap(), 4);
 }
 
 fn programs_equal_a_vector<B: Backend>(m: Model<B>, programs: usize) {

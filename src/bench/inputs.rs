@@ -79,15 +79,22 @@ pub fn normals(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.normal()).collect()
 }
 
+/// Values that are drawn for a matrix. A larger one repeats its first rows: billions of random numbers would take minutes.
+const DRAWN: usize = 1 << 18;
+
 /// A matrix of random valid blocks whose values have magnitudes of about 1 / sqrt(cols), as a trained layer's have.
 ///
 /// # Errors
 /// If blocks of `dtype` do not divide `cols`.
 pub fn matrix(rng: &mut Rng, dtype: DType, rows: usize, cols: usize) -> Result<HostTensor> {
-    let mut data = Vec::with_capacity(rows * dtype.row_bytes(cols)?);
+    let bytes = rows * dtype.row_bytes(cols)?;
+    let mut data = Vec::with_capacity(bytes);
     let size = 1.0 / (cols as f32).sqrt();
-    for _ in 0..rows * cols / dtype.block_len() {
+    for _ in 0..rows.min(DRAWN / cols + 1) * cols / dtype.block_len() {
         block(rng, dtype, size, &mut data);
+    }
+    while data.len() < bytes {
+        data.extend_from_within(..data.len().min(bytes - data.len()));
     }
     HostTensor::new(dtype, rows, cols, data.into())
 }

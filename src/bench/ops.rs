@@ -106,6 +106,18 @@ impl Op {
         }
     }
 
+    /// The same with weights of another type.
+    pub fn with_weights(mut self, to: DType) -> Self {
+        if let Op::Embed { dtype, .. }
+        | Op::Linear { dtype, .. }
+        | Op::Qkv { dtype, .. }
+        | Op::LinearGlu { dtype, .. } = &mut self
+        {
+            *dtype = to;
+        }
+        self
+    }
+
     /// Whether it multiplies activations with a quantised matrix, so that a backend may round them to int8.
     pub fn multiplies_quantized(&self) -> bool {
         !matches!(self, Op::Embed { .. }) && self.dtype().is_some_and(DType::is_quantized)

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::flags::{BenchKernelsArgs, Common, DeviceFlag};
+use super::flags::{BenchKernelsArgs, Common, DeviceFlag, weights_type};
 use super::out::{self, round};
 use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
@@ -13,8 +13,9 @@ use crate::engine::default_threads;
 use crate::error::{Result, bail, ensure};
 use crate::perf::{Cost, Peaks};
 
-/// Weights that rows rotate over, beyond any cache of a small machine.
+/// Weights that rows rotate over, beyond any cache of a small machine, and several times that of a GPU.
 const WORKING_SET: usize = 128 << 20;
+const CUDA_WORKING_SET: usize = 256 << 20;
 /// Below this a row is as much the start of a job on the pool as its work.
 const SMALL_S: f64 = 2e-6;
 /// Fraction of the roof below which a row is marked.
@@ -44,16 +45,13 @@ impl Roofs for CudaPeaks {
     }
 }
 
-/// Bytes of the copy that measures a GPU's memory.
-const COPY: usize = 1 << 30;
-
 fn run_cuda(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
     // Long passes by the attention that suits them: its figures are what other libraries' are compared with.
     let cuda = Cuda::open(0)?.fastest();
-    let peaks = cuda.peaks(COPY, 1 << 12)?;
+    let peaks = cuda.roofs()?;
     let device = format!("cuda {}", cuda.name());
     eprintln!("{device}: copies {:.1} GB/s, bf16 products {:.1} TFLOP/s", peaks.memory / 1e9, peaks.bf16 / 1e12);
-    let setup = Setup { seed: common.seed, working_set: WORKING_SET, kv_bytes: 2, ..Setup::default() };
+    let setup = Setup { seed: common.seed, working_set: CUDA_WORKING_SET, kv_bytes: 2, ..Setup::default() };
     rows(&cuda, &device, &peaks, setup, common.json, args)
 }
 
@@ -92,12 +90,26 @@ fn rows<B: Backend>(
     json: bool,
     args: &BenchKernelsArgs,
 ) -> Result<()> {
-    let wanted = |c: &Case| {
-        (args.large || !c.large)
-            && args.filter.as_ref().is_none_or(|f| c.op.name().contains(f.as_str()) || c.model.contains(f.as_str()))
+    let named = |c: &Case, f: &String| {
+        let f = f.to_lowercase();
+        c.op.name().contains(&f) || c.model.to_lowercase().contains(&f)
     };
-    let cases: Vec<Case> = ops::realistic().into_iter().filter(wanted).collect();
-    ensure!(!cases.is_empty(), Usage, "no kernel or model has `{}` in its name", args.filter.as_deref().unwrap_or(""));
+    let wanted =
+        |c: &Case| (args.large || !c.large) && (args.filter.is_empty() || args.filter.iter().any(|f| named(c, f)));
+    let mut cases: Vec<Case> = ops::realistic().into_iter().filter(wanted).collect();
+    let (filter, large) = (args.filter.join(","), if args.large { "" } else { " (--large has more)" });
+    ensure!(!cases.is_empty(), Usage, "no kernel or model has `{filter}` in its name{large}");
+    if let Some(weights) = &args.weights {
+        let dtype = weights_type(weights)?;
+        cases.iter_mut().for_each(|c| c.op = c.op.with_weights(dtype));
+        // What differed by its type alone is the same now.
+        let all = std::mem::take(&mut cases);
+        all.into_iter().for_each(|c| {
+            if !cases.contains(&c) {
+                cases.push(c)
+            }
+        });
+    }
     if !json {
         out::print(&format!(
             "{:14} {:32} {:>22} {:>8} {:>8}  {:8} {:>5}  verdict\n",

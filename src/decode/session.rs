@@ -154,6 +154,14 @@ impl<B: Backend> Session<B> {
         self.model.forward(&mut [seq], &mut self.ws)
     }
 
+    /// Returns once the last pass is done: on a GPU passes are only queued.
+    ///
+    /// # Errors
+    /// What the device met.
+    pub fn wait(&self) -> Result<()> {
+        self.ws.wait(self.model.backend())
+    }
+
     /// Keeps staged rows of the last [`Session::stage`] (a path of a tree).
     pub fn commit(&mut self, rows: &[u32]) -> Result<()> {
         self.cache.commit(self.model.backend(), rows)

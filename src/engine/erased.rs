@@ -34,7 +34,7 @@ pub(super) trait AnySession: Send {
     fn begin(&mut self, how: &Decode);
     fn step(&mut self) -> Result<usize>;
     fn stats(&self) -> DecodeStats;
-    fn pass(&mut self, tokens: &[u32]) -> Result<()>;
+    fn pass(&mut self, tokens: &[u32], mask: Mask<'_>) -> Result<()>;
     fn nll(&mut self, tokens: &[u32], each: &mut dyn FnMut(f64)) -> Result<()>;
 }
 
@@ -83,7 +83,9 @@ impl<B: Backend> AnySession for Running<B> {
     }
 
     fn advance(&mut self) -> Result<u64> {
-        self.session.advance()
+        let passes = self.session.advance()?;
+        self.session.wait()?;
+        Ok(passes)
     }
 
     fn logits(&mut self) -> Result<&[f32]> {
@@ -104,9 +106,10 @@ impl<B: Backend> AnySession for Running<B> {
         self.decoder.stats()
     }
 
-    fn pass(&mut self, tokens: &[u32]) -> Result<()> {
-        self.session.stage(tokens, Mask::Causal, Want::All)?;
-        self.session.commit(&[])
+    fn pass(&mut self, tokens: &[u32], mask: Mask<'_>) -> Result<()> {
+        self.session.stage(tokens, mask, Want::All)?;
+        self.session.commit(&[])?;
+        self.session.wait()
     }
 
     fn nll(&mut self, tokens: &[u32], each: &mut dyn FnMut(f64)) -> Result<()> {

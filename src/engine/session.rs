@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::erased::{AnySession, Decode};
 use super::{Engine, Message};
+use crate::backend::Mask;
 use crate::decode::{DecodeStats, Sampler, TextStream};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -163,9 +164,10 @@ impl Session {
         self.inner.logits()
     }
 
-    /// One pass over `tokens` behind what is computed, logits for every row, nothing kept: what a verification costs.
-    pub fn pass(&mut self, tokens: &[u32]) -> Result<()> {
-        self.inner.pass(tokens)
+    /// One pass over `tokens` behind what is computed, logits for every row, nothing kept: what a verification costs. Returns
+    /// once it is done.
+    pub fn pass(&mut self, tokens: &[u32], mask: Mask<'_>) -> Result<()> {
+        self.inner.pass(tokens, mask)
     }
 
     /// Negative log-likelihood (nats) of every token but the first given those before it. Replaces the session's contents.

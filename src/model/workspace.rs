@@ -80,6 +80,11 @@ impl<B: Backend> Workspace<B> {
         be.download_acc(self.logits.view(i * self.vocab..(i + 1) * self.vocab), out)
     }
 
+    /// Returns once the last pass is done, where a device works on its own.
+    pub fn wait(&self, be: &B) -> Result<()> {
+        be.download_acc(self.x.head(1), &mut [0.0])
+    }
+
     /// The first `rows` logit rows of the last pass, where they are: for what samples and verifies on the device.
     pub fn logit_rows(&self, rows: usize) -> In<'_, B, B::Acc> {
         self.logits.head(rows * self.vocab)

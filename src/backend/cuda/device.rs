@@ -80,6 +80,16 @@ pub fn devices() -> Result<Vec<String>> {
     (0..count).map(name).collect()
 }
 
+/// Bytes that are free on GPU number `ordinal`.
+///
+/// # Errors
+/// `Device`: no driver, no GPU.
+pub fn free_memory(ordinal: usize) -> Result<usize> {
+    present()?;
+    let context = CudaContext::new(ordinal).map_err(device)?;
+    Ok(context.mem_get_info().map_err(device)?.0)
+}
+
 impl Cuda {
     /// GPU number `ordinal`.
     ///

@@ -20,7 +20,7 @@ mod weight;
 
 use std::fmt::Display;
 
-pub use device::{Cuda, available, devices};
+pub use device::{Cuda, available, devices, free_memory};
 
 /// Whether this binary holds kernels: an nvcc was found when it was built.
 pub const KERNELS: bool = cfg!(kernels);
