@@ -105,8 +105,19 @@ fn pairs_follow_the_law<B: Backend>(be: &B) {
 fn long_rows_follow_the_law<B: Backend>(be: &B) {
     let (vocab, rows) = (20_011, 40);
     let mut rng = quadriga::rng::Rng::new(3);
-    let row: Vec<f32> = (0..vocab).map(|_| 2.0 * rng.normal()).collect();
-    for filter in [ONE, Draw { min_p: 1e-3, ..ONE }, Draw { top_p: 0.99, ..ONE }, Draw { top_k: 3000, ..ONE }] {
+    let fine: Vec<f32> = (0..vocab).map(|_| 2.0 * rng.normal()).collect();
+    // With thousands of equals at every cut.
+    let coarse: Vec<f32> = fine.iter().map(|x| x.round()).collect();
+    let flat = Draw { temperature: 10.0, ..ONE };
+    let filters = [
+        ONE,
+        Draw { min_p: 1e-3, ..ONE },
+        Draw { top_p: 0.99, ..ONE },
+        Draw { top_k: 3000, ..ONE },
+        Draw { top_p: 0.7, ..flat },
+        Draw { top_k: 9000, top_p: 0.9, min_p: 0.5, ..flat },
+    ];
+    for (filter, row) in filters.iter().flat_map(|f| [(*f, &fine), (*f, &coarse)]) {
         let key = |stream| Key { seed: 8, stream, counter: 2 };
         let draws: Vec<Draw> = (0..rows).map(|i| Draw { key: key(i), ..filter }).collect();
         let mut p = vec![0.0; vocab];

@@ -105,7 +105,7 @@ impl Kernel for Top<'_> {
 }
 
 /// Greater first, then the lower id.
-fn order(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
+pub(super) fn order(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
     b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0))
 }
 

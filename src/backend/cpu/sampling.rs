@@ -1,139 +1,148 @@
 //! From logits to tokens, and which drafted tokens stand.
 //!
-//! A row is one task, so that neither the rows beside it nor threads can change it. A row without top-k and top-p is read twice,
-//! once for the sums of its pieces and then in the piece that holds the token; with them only as many of its largest logits as
-//! the cuts need are put into order. Weights are f32, sums of them f64.
+//! A row is one task, so that neither the rows beside it nor threads can change it. What is kept of a row is all above one logit, and
+//! of its equals the lower ids: top-k finds that logit among the k largest, top-p among the few largest or, where these have too
+//! little mass, by a histogram of weights. A token costs a walk over the row for the sums of its pieces and one over the piece
+//! that holds it. Weights are f32, sums of them f64.
 
 use super::Tier;
 use super::lanes::math::exp;
 use super::lanes::{Kernel, Simd, dispatch};
-use super::logits::{logits_stats, top_k};
+use super::logits::{greatest, logits_stats, order, top_k};
 use crate::backend::sampling::Tree;
 use crate::backend::{Draw, NO_TOKEN};
 use crate::rng::Key;
 
 /// Logits of a piece.
 const PIECE: usize = 4096;
-/// How many of the largest logits are asked for first where top-p decides how many are needed.
-const FIRST: usize = 256;
+/// How many of the largest logits top-p is looked for in first.
+const FEW: usize = 256;
 
-/// What a row's token is drawn from; weights are relative to that of the best.
-enum Kept {
-    /// All that weigh at least this.
-    All(f32),
-    /// These, by id.
-    Some(Vec<(u32, f32)>),
-}
-
-/// A row of logits and how it is drawn from.
+/// A row of logits and how it is drawn from. Weights are e^((x - max) / temperature).
 struct Law<'a> {
     tier: Tier,
     x: &'a [f32],
     max: f32,
     temperature: f32,
-    kept: Kept,
+    /// The least logit that is kept, and the last id that is kept with it where others have it too.
+    cut: (f32, u32),
+    /// The least weight that is kept.
+    least: f32,
 }
 
 impl<'a> Law<'a> {
     /// `None` if `x` holds NaN or nothing finite.
     fn new(tier: Tier, x: &'a [f32], draw: &Draw) -> Option<Self> {
         let (max, best) = dispatch(tier, Best(x))?;
-        let temperature = draw.temperature;
+        let (n, cut) = (x.len(), (f32::NEG_INFINITY, u32::MAX));
         if draw.is_greedy() {
-            return Some(Self { tier, x, max, temperature: 1.0, kept: Kept::Some(vec![(best, 1.0)]) });
+            return Some(Self { tier, x, max, temperature: 1.0, cut, least: 0.0 }.cut_at((best, max)));
         }
-        let mut law = Self { tier, x, max, temperature, kept: Kept::All(draw.min_p) };
-        let limited = (1..x.len()).contains(&(draw.top_k as usize));
-        if !limited && draw.top_p >= 1.0 {
-            return Some(law);
-        }
-        let mut ranked;
-        let total: f64;
-        if limited {
-            ranked = law.largest(draw.top_k as usize);
-            total = ranked.iter().map(|k| f64::from(k.1)).sum();
-        } else {
-            total = x.chunks(PIECE).map(|x| law.mass(x, 0.0)).sum();
-            let mut n = FIRST;
-            ranked = law.largest(n);
-            while n < x.len() && ranked.iter().map(|k| f64::from(k.1)).sum::<f64>() < f64::from(draw.top_p) * total {
-                n *= 16;
-                ranked = law.largest(n);
-            }
+        let mut law = Self { tier, x, max, temperature: draw.temperature, cut, least: 0.0 };
+        let limit = Some(draw.top_k as usize).filter(|k| (1..n).contains(k)).unwrap_or(n);
+        if limit < n {
+            law = law.cut_at(*top_k(tier, x, limit).last()?);
         }
         if draw.top_p < 1.0 {
-            let mut mass = 0.0;
-            ranked.retain(|k| {
-                let keep = mass < f64::from(draw.top_p) * total;
-                mass += f64::from(k.1);
-                keep
-            });
+            let enough = f64::from(draw.top_p) * law.masses().iter().sum::<f64>();
+            let few = top_k(tier, x, limit.min(FEW));
+            let last = match law.reaches(enough, 0.0, &few) {
+                None if few.len() < limit => law.last_of_many(enough),
+                last => last,
+            };
+            if let Some(last) = last {
+                law = law.cut_at(last);
+            }
         }
-        ranked.retain(|k| k.1 >= draw.min_p);
-        ranked.sort_unstable_by_key(|k| k.0);
-        law.kept = Kept::Some(ranked);
+        law.least = draw.min_p;
         Some(law)
     }
 
-    /// The k largest with their weights, largest first.
-    fn largest(&self, k: usize) -> Vec<(u32, f32)> {
-        let mut top = top_k(self.tier, self.x, k);
-        let x: Vec<f32> = top.iter().map(|t| t.1).collect();
-        let mut w = vec![0.0; x.len()];
-        self.weights(&x, 0.0, &mut w);
-        top.iter_mut().zip(w).for_each(|(t, w)| t.1 = w);
-        top
+    /// Keeps nothing behind this id and logit.
+    fn cut_at(self, (id, x): (u32, f32)) -> Self {
+        let tied = self.x[id as usize + 1..].iter().fold(false, |tied, other| tied | (*other == x));
+        Self { cut: (x, if tied { id } else { u32::MAX }), ..self }
     }
 
-    /// e^((x - max) / temperature), 0 where that is below `least`.
-    fn weights(&self, x: &[f32], least: f32, w: &mut [f32]) {
-        dispatch(self.tier, Weights { x, max: self.max, temperature: self.temperature, least, w });
+    /// The id and logit with which the mass of `ranked` ones, largest first and behind a mass of `before`, reaches `enough`.
+    fn reaches(&self, enough: f64, before: f64, ranked: &[(u32, f32)]) -> Option<(u32, f32)> {
+        let x: Vec<f32> = ranked.iter().map(|r| r.1).collect();
+        let (mut w, mut mass) = (vec![0.0; x.len()], before);
+        let (cut, least) = (f32::NEG_INFINITY, 0.0);
+        dispatch(self.tier, Weights { x: &x, max: self.max, temperature: self.temperature, cut, least, w: &mut w });
+        let at = w.iter().position(|w| {
+            mass += f64::from(*w);
+            mass >= enough
+        })?;
+        Some(ranked[at])
     }
 
-    /// The sum of the weights of at most a piece of logits.
-    fn mass(&self, x: &[f32], least: f32) -> f64 {
+    /// [`Self::reaches`] among all that is kept: by the mass of all weights of equal leading bits.
+    fn last_of_many(&self, enough: f64) -> Option<(u32, f32)> {
+        const SHIFT: u32 = 17;
+        let bin = |w: f32| (w.to_bits() >> SHIFT) as usize;
+        let mut bins = vec![0.0; bin(1.0) + 1];
+        let mut w = vec![0.0; self.x.len()];
+        for (piece, w) in w.chunks_mut(PIECE).enumerate() {
+            self.weights(piece, w);
+            w.iter().for_each(|w| bins[bin(*w)] += f64::from(*w));
+        }
+        let mut above = 0.0;
+        let last = bins.iter().rposition(|mass| {
+            above += mass;
+            above >= enough
+        })?;
+        let of_bin = w.iter().enumerate().filter(|(_, w)| **w > 0.0 && bin(**w) == last);
+        let mut ranked: Vec<(u32, f32)> = of_bin.map(|(i, _)| (i as u32, self.x[i])).collect();
+        ranked.sort_unstable_by(order);
+        self.reaches(enough, above - bins[last], &ranked).or(ranked.last().copied())
+    }
+
+    /// The weights of a piece, 0 of what is not kept.
+    fn weights(&self, piece: usize, w: &mut [f32]) {
+        let first = piece * PIECE;
+        let x = &self.x[first..first + w.len()];
+        let (cut, last) = self.cut;
+        dispatch(self.tier, Weights { x, max: self.max, temperature: self.temperature, cut, least: self.least, w });
+        let behind = (last as usize).saturating_add(1).saturating_sub(first).min(x.len());
+        for (w, _) in w[behind..].iter_mut().zip(&x[behind..]).filter(|(_, x)| **x == cut) {
+            *w = 0.0;
+        }
+    }
+
+    /// The sums of all pieces' weights.
+    fn masses(&self) -> Vec<f64> {
         let mut w = [0.0; PIECE];
-        self.weights(x, least, &mut w[..x.len()]);
-        sum(&w[..x.len()])
+        let mass = |(piece, x): (usize, &[f32])| {
+            self.weights(piece, &mut w[..x.len()]);
+            sum(&w[..x.len()])
+        };
+        self.x.chunks(PIECE).enumerate().map(mass).collect()
     }
 
-    /// Draws without replacement.
-    fn draw(mut self, key: Key, tokens: &mut [u32]) {
-        let uniforms = (0..).map(|i| key.at(i).uniform());
-        let least = match &mut self.kept {
-            Kept::All(least) => *least,
-            Kept::Some(list) => {
-                for (token, u) in tokens.iter_mut().zip(uniforms) {
-                    let hit = invert(list.iter().map(|k| f64::from(k.1)), u);
-                    *token = hit.map_or(NO_TOKEN, |i| list.remove(i).0);
-                }
-                return;
-            }
-        };
-        let mut masses: Vec<f64> = self.x.chunks(PIECE).map(|x| self.mass(x, least)).collect();
-        // The piece of the last token, without what was drawn from it.
+    /// Draws without replacement into `tokens`, all [`NO_TOKEN`] yet.
+    fn draw(&self, key: Key, tokens: &mut [u32]) {
+        let mut masses = self.masses();
         let mut w = vec![0.0; PIECE.min(self.x.len())];
-        for (i, u) in uniforms.take(tokens.len()).enumerate() {
-            let (before, at) = tokens.split_at_mut(i);
-            at[0] = NO_TOKEN;
-            let u = u * masses.iter().sum::<f64>();
+        for i in 0..tokens.len() {
+            let u = key.at(i as u64).uniform() * masses.iter().sum::<f64>();
             let mut below = 0.0;
-            let Some(piece) = masses.iter().position(|m| {
+            let piece = masses.iter().position(|m| {
                 below += m;
                 below > u
-            }) else {
-                continue;
-            };
+            });
+            let Some(piece) = piece.or(masses.iter().rposition(|m| *m > 0.0)) else { break };
             let first = piece * PIECE;
-            let x = &self.x[first..self.x.len().min(first + PIECE)];
-            let w = &mut w[..x.len()];
-            self.weights(x, least, w);
-            for t in before.iter().map(|t| *t as usize).filter(|t| (first..first + x.len()).contains(t)) {
-                w[t - first] = 0.0;
+            let w = &mut w[..PIECE.min(self.x.len() - first)];
+            self.weights(piece, w);
+            for t in &tokens[..i] {
+                if let Some(w) = (*t as usize).checked_sub(first).and_then(|t| w.get_mut(t)) {
+                    *w = 0.0;
+                }
             }
             let rest = (u - (below - masses[piece])) / masses[piece];
             if let Some(hit) = invert(w.iter().map(|w| f64::from(*w)), rest) {
-                at[0] = (first + hit) as u32;
+                tokens[i] = (first + hit) as u32;
                 w[hit] = 0.0;
                 masses[piece] = sum(w);
             }
@@ -143,9 +152,12 @@ impl<'a> Law<'a> {
 
 /// Draws tokens of a row without replacement, as [`Backend::sample`](crate::backend::Backend::sample) does for many.
 pub fn sample(tier: Tier, x: &[f32], draw: &Draw, tokens: &mut [u32]) {
-    match Law::new(tier, x, draw) {
-        Some(law) => law.draw(draw.key, tokens),
-        None => tokens.fill(NO_TOKEN),
+    tokens.fill(NO_TOKEN);
+    if draw.is_greedy() {
+        let best = dispatch(tier, Best(x)).map_or(NO_TOKEN, |best| best.1);
+        tokens.iter_mut().take(1).for_each(|t| *t = best);
+    } else if let Some(law) = Law::new(tier, x, draw) {
+        law.draw(draw.key, tokens);
     }
 }
 
@@ -153,10 +165,7 @@ pub fn sample(tier: Tier, x: &[f32], draw: &Draw, tokens: &mut [u32]) {
 pub fn distribution(tier: Tier, x: &[f32], draw: &Draw, p: &mut [f32]) {
     p.fill(0.0);
     let Some(law) = Law::new(tier, x, draw) else { return };
-    match &law.kept {
-        Kept::All(least) => law.weights(x, *least, p),
-        Kept::Some(list) => list.iter().for_each(|k| p[k.0 as usize] = k.1),
-    }
+    p.chunks_mut(PIECE).enumerate().for_each(|(piece, p)| law.weights(piece, p));
     let scale = (1.0 / p.chunks(PIECE).map(sum).sum::<f64>()) as f32;
     p.iter_mut().for_each(|p| *p *= scale);
 }
@@ -254,9 +263,10 @@ impl Kernel for Best<'_> {
     type Out = Option<(f32, u32)>;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Out {
-        let max = super::logits::greatest(s, self.0);
+        let max = greatest(s, self.0);
         let nan = self.0.iter().fold(false, |nan, x| nan | x.is_nan());
-        let at = self.0.iter().position(|x| *x == max)?;
+        let run = self.0.chunks(64).position(|x| greatest(s, x) == max)? * 64;
+        let at = run + self.0[run..].iter().position(|x| *x == max)?;
         (max.is_finite() && !nan).then_some((max, at as u32))
     }
 }
@@ -265,6 +275,9 @@ struct Weights<'a> {
     x: &'a [f32],
     max: f32,
     temperature: f32,
+    /// Logits below it weigh nothing,
+    cut: f32,
+    /// nor do weights below this.
     least: f32,
     w: &'a mut [f32],
 }
@@ -273,12 +286,13 @@ impl Kernel for Weights<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Weights { x, max, temperature, least, w } = self;
-        let (max, temperature, least) = (s.splat(max), s.splat(temperature), s.splat(least));
+        let Weights { x, max, temperature, cut, least, w } = self;
+        let (max, temperature) = (s.splat(max), s.splat(temperature));
+        let (cut, least) = (s.splat(cut), s.splat(least));
         for (x, w) in x.chunks(S::N).zip(w.chunks_mut(S::N)) {
             let v = if x.len() == S::N { s.load(x) } else { s.load_part(x, f32::NEG_INFINITY) };
             let e = exp(s, s.div(s.sub(v, max), temperature));
-            let e = s.zero_below(e, e, least);
+            let e = s.zero_below(s.zero_below(e, v, cut), e, least);
             if w.len() == S::N { s.store(e, w) } else { s.store_part(e, w) }
         }
     }
