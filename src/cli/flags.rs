@@ -40,6 +40,9 @@ pub(super) struct Common {
     /// CPU instructions below the best found, for comparisons.
     #[arg(long, global = true, value_enum)]
     pub tier: Option<TierFlag>,
+    /// Hand every kernel to a GPU by itself instead of repeated steps as CUDA graphs; the results are the same.
+    #[arg(long, global = true)]
+    pub no_graphs: bool,
     /// Seed of every random number.
     #[arg(long, global = true, default_value_t = 0)]
     pub seed: u64,
@@ -311,7 +314,11 @@ impl Common {
         if self.threads > 1024 {
             bail!(Usage, "--threads {} is impossible: expected 0 to 1024", self.threads);
         }
-        let mut o = EngineOptions::default().device(device).threads(self.threads).compute(self.compute());
+        let mut o = EngineOptions::default()
+            .device(device)
+            .threads(self.threads)
+            .compute(self.compute())
+            .without_graphs(self.no_graphs);
         if let Some(t) = self.tier() {
             o = o.tier(t);
         }

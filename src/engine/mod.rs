@@ -59,6 +59,7 @@ pub struct EngineOptions {
     threads: usize,
     compute: Compute,
     tier: Option<Tier>,
+    without_graphs: bool,
     progress: Option<Progress>,
 }
 
@@ -84,6 +85,12 @@ impl EngineOptions {
     /// CPU instructions below the best that were found, for comparisons.
     pub fn tier(mut self, tier: Tier) -> Self {
         self.tier = Some(tier);
+        self
+    }
+
+    /// Hands every kernel to a GPU by itself, without CUDA graphs; the results are the same.
+    pub fn without_graphs(mut self, yes: bool) -> Self {
+        self.without_graphs = yes;
         self
     }
 
@@ -158,7 +165,7 @@ impl Engine {
             Device::Auto if options.tier.is_none() && cuda::available() => Cuda::open(0).ok(),
             _ => None,
         };
-        if let Some(gpu) = gpu {
+        if let Some(gpu) = gpu.map(|gpu| if options.without_graphs { gpu.without_graphs() } else { gpu }) {
             let name = format!("cuda ({})", gpu.name());
             return Ok((on(gpu, source, options)?, name, 0));
         }

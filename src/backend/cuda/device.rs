@@ -30,6 +30,8 @@ pub(super) struct Stream {
     untold: Mutex<Option<Error>>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Where graphs are captured: a capture takes in all that is queued on its stream, copies of other threads too.
+    recorder: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     shared_memory: usize,
     multiprocessors: usize,
@@ -103,7 +105,7 @@ impl Cuda {
         let context = CudaContext::new(ordinal).map_err(device)?;
         // SAFETY: before any allocation, and all work goes to one stream, whose order is all the tracking there is to do.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(device)?;
+        let (stream, recorder) = (context.new_stream().map_err(device)?, context.new_stream().map_err(device)?);
         let optin = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_memory = context.attribute(optin).map_err(device)?;
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
@@ -122,7 +124,7 @@ impl Cuda {
         }
         let shared_memory = shared_memory as usize;
         let (graphs, untold) = Default::default();
-        let stream = Stream { graphs, untold, context, stream, functions, shared_memory, multiprocessors };
+        let stream = Stream { graphs, untold, context, stream, recorder, functions, shared_memory, multiprocessors };
         let stream = Arc::new(stream);
         Ok(Self { stream, small: Mutex::default(), row_independent: true })
     }
@@ -270,7 +272,7 @@ impl Stream {
     /// Gives the driver all that is queued, before something else is.
     pub fn flush(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(device)?;
-        let done = lock(&self.graphs).flush(|t| self.play(t), |t| self.capture(t), |g| self.replay(g));
+        let done = lock(&self.graphs).flush(|t| self.play(t, &self.stream), |t| self.capture(t), |g| self.replay(g));
         match lock(&self.untold).take() {
             Some(e) => Err(e),
             None => done,
@@ -284,11 +286,11 @@ impl Stream {
         }
     }
 
-    fn play(&self, tape: &Tape) -> Result<()> {
-        tape.iter().try_for_each(|(launch, args)| self.run(launch, args))
+    fn play(&self, tape: &Tape, on: &CudaStream) -> Result<()> {
+        tape.iter().try_for_each(|(launch, args)| self.run(launch, args, on))
     }
 
-    fn run(&self, launch: &Launch, args: &[u64]) -> Result<()> {
+    fn run(&self, launch: &Launch, args: &[u64], on: &CudaStream) -> Result<()> {
         let Launch { kernel, grid, block, shared, .. } = launch;
         let [x, y, z] = *grid;
         let f = self.functions[kernel].cu_function();
@@ -296,17 +298,15 @@ impl Stream {
         // SAFETY: the kernel takes one struct, whose words these are (a kernel's name and type stand together in the table,
         // and both sides of the struct come from one contract, which its constructor has checked); the driver reads as many
         // as the kernel declares, before it returns.
-        let run = unsafe {
-            result::launch_kernel(f, (x, y, z), (*block, 1, 1), *shared, self.stream.cu_stream(), &mut params)
-        };
+        let run = unsafe { result::launch_kernel(f, (x, y, z), (*block, 1, 1), *shared, on.cu_stream(), &mut params) };
         run.map_err(|e| Error::new(ErrorKind::Device, format!("CUDA: {kernel} [{x}, {y}, {z}] x {block}: {e}")))
     }
 
     fn capture(&self, tape: &Tape) -> Result<Graph> {
-        let (stream, mode) = (self.stream.cu_stream(), sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        let (stream, mode) = (self.recorder.cu_stream(), sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
         // SAFETY: our stream, which captures nothing yet: the tape's lock is held.
         unsafe { result::stream::begin_capture(stream, mode) }.map_err(device)?;
-        let played = self.play(tape);
+        let played = self.play(tape, &self.recorder);
         // SAFETY: it was begun above, and must end even if a launch failed.
         let graph = unsafe { result::stream::end_capture(stream) }.map_err(device)?;
         // SAFETY: a graph that is valid, as the line above says, and is not used any more after the next one.
@@ -315,6 +315,12 @@ impl Stream {
         unsafe { result::graph::destroy(graph) }.map_err(device)?;
         let exec = Graph { exec: exec.map_err(device)?, context: self.context.clone() };
         played.map(|()| exec)
+    }
+
+    /// Makes every further capture fail.
+    #[cfg(all(test, feature = "emu"))]
+    pub fn occupy_recorder(&self) {
+        self.recorder.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
@@ -346,6 +352,7 @@ impl Drop for Graph {
 pub(super) enum Slot {
     Tokens,
     Rows,
+    Path,
     Segments,
     TreeBits,
     Parts,
@@ -360,7 +367,7 @@ pub(super) enum Slot {
 
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
-pub(super) struct Small([Entry; 12]);
+pub(super) struct Small([Entry; 13]);
 
 #[derive(Default)]
 struct Entry {
@@ -383,6 +390,12 @@ impl Small {
             entry.sent.extend_from_slice(bytes);
         }
         Ok(Src::at(dst.address(), dst.len()))
+    }
+
+    /// Takes `data` for sent: what a forgotten copy would be.
+    #[cfg(all(test, feature = "emu"))]
+    pub fn pretend<T: Elem>(&mut self, slot: Slot, data: &[T]) {
+        self.0[slot as usize].sent = bytemuck::cast_slice(data).to_vec();
     }
 
     /// Room for `n` elements, of any content.

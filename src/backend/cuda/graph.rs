@@ -2,7 +2,7 @@
 //!
 //! What ops queue is put on a tape. Before anything else happens on the stream (a copy, the end of a buffer, a wait) the tape is
 //! handed to the driver: one launch after the other the first time, and as a CUDA graph, which is one launch, once
-//! the very same launches have come a second time. A step of decoding differs from the last in what stands in device memory
+//! the very same launches have come a second time (if the driver refuses, one after the other for good). A step of decoding differs from the last in what stands in device memory
 //! (tokens, positions, lengths), and not in its launches, until the context reaches another chunk of keys. Since a
 //! graph is used only where every kernel, grid and argument is the same, there is nothing to keep up to date and nothing
 //! that could be stale.
@@ -61,6 +61,8 @@ pub struct GraphStats {
     pub captured: u64,
     /// Launches of graphs.
     pub replayed: u64,
+    /// Tapes that the driver would not capture; they are launched one by one.
+    pub refused: u64,
 }
 
 /// The tape, and what has been on it before. `G` is a graph, freed when dropped.
@@ -76,8 +78,14 @@ pub(super) struct Graphs<G> {
 
 struct Entry<G> {
     tape: Tape,
-    graph: Option<G>,
+    graph: Made<G>,
     used: u64,
+}
+
+enum Made<G> {
+    NotYet,
+    Graph(G),
+    Refused,
 }
 
 impl<G> Default for Graphs<G> {
@@ -126,17 +134,19 @@ impl<G> Graphs<G> {
                 let oldest = (0..KNOWN).min_by_key(|&i| self.known[i].used).unwrap_or(0);
                 self.known.swap_remove(oldest);
             }
-            self.known.push(Entry { tape: tape.clone(), graph: None, used: self.clock });
+            self.known.push(Entry { tape: tape.clone(), graph: Made::NotYet, used: self.clock });
             return launch(tape);
         };
         entry.used = self.clock;
-        let graph = match &mut entry.graph {
-            Some(graph) => graph,
-            none => {
-                self.stats.captured += 1;
-                none.insert(capture(tape)?)
+        if let Made::NotYet = entry.graph {
+            // All its kernels have run once: to load them is not left to the capture.
+            entry.graph = capture(tape).map_or(Made::Refused, Made::Graph);
+            match entry.graph {
+                Made::Graph(_) => self.stats.captured += 1,
+                _ => self.stats.refused += 1,
             }
-        };
+        }
+        let Made::Graph(graph) = &entry.graph else { return launch(tape) };
         self.stats.replayed += 1;
         replay(graph)
     }
@@ -182,7 +192,7 @@ mod tests {
         assert_eq!(step(&mut g, 4, LEAST), "replayed");
         assert_eq!(step(&mut g, 4, LEAST + 1), "launched");
         assert_eq!(step(&mut g, 4, LEAST), "replayed");
-        assert_eq!(g.stats, GraphStats { captured: 1, replayed: 2 });
+        assert_eq!(g.stats, GraphStats { captured: 1, replayed: 2, refused: 0 });
         for _ in 0..3 {
             assert_eq!(step(&mut g, 4, LEAST - 1), "launched");
         }
@@ -204,10 +214,118 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_captured_is_launched() {
+        let mut g = Graphs::<()>::default();
+        let mut launched = 0;
+        for _ in 0..4 {
+            for _ in 0..LEAST {
+                g.push(ADD, &Add::new(Dst::at(0x100, 1), Src::at(0x200, 1), 1).unwrap(), [1, 1, 1], 32, 0);
+            }
+            let launch = |_: &Tape| {
+                launched += 1;
+                Ok(())
+            };
+            g.flush(launch, |_| Err("no"), |()| Err("there is nothing to replay")).unwrap();
+        }
+        assert_eq!((launched, g.stats), (4, GraphStats { captured: 0, replayed: 0, refused: 1 }));
+    }
+
+    #[test]
     fn a_failure_leaves_nothing_on_the_tape() {
         let mut g = Graphs::<()>::default();
         g.push(ADD, &Add::new(Dst::at(0x100, 1), Src::at(0x200, 1), 1).unwrap(), [1, 1, 1], 32, 0);
         assert_eq!(g.flush(|_| Err("no"), |_| Ok(()), |()| Ok(())), Err("no"));
         assert_eq!(g.flush(|_| Err("again"), |_| Ok(()), |()| Ok(())), Ok(()));
+    }
+}
+
+/// What a driver does of it: the stand-in.
+#[cfg(all(test, feature = "emu"))]
+mod driven {
+    use half::bf16;
+
+    use super::super::device::Slot;
+    use super::super::kv::{CudaKv, table};
+    use super::super::memory::CudaBuf;
+    use super::super::weight::CudaWeight;
+    use super::*;
+    use crate::backend::cuda::Cuda;
+    use crate::backend::{AttnSpec, Backend, Buffer, Mask, Segment};
+    use crate::dtype::DType;
+    use crate::tensor::HostTensor;
+
+    const D: usize = 8;
+    const LAYERS: usize = 6;
+    const SPEC: AttnSpec = AttnSpec { heads: 1, kv_heads: 1, head_dim: D, scale: 1.0, window: None };
+
+    /// A step of decoding in small: a token's embedding is its key, its value and its query in every layer.
+    struct Step {
+        cuda: Cuda,
+        embed: CudaWeight,
+        x: CudaBuf<f32>,
+        y: CudaBuf<bf16>,
+        kv: CudaKv,
+    }
+
+    impl Step {
+        fn new(cuda: Cuda) -> Self {
+            let values: Vec<f32> = (0..16 * D).map(|i| (i * i % 23) as f32 / 8.0).collect();
+            let host = HostTensor::new(DType::F32, 16, D, bytemuck::cast_slice(&values).to_vec().into()).unwrap();
+            let embed = cuda.weight(host).unwrap();
+            let (x, y) = (cuda.alloc(D).unwrap(), cuda.alloc(LAYERS * D).unwrap());
+            let kv = cuda.kv_alloc(LAYERS, 32, D).unwrap();
+            Self { cuda, embed, x, y, kv }
+        }
+
+        /// Token `t` behind `past` others.
+        fn run(&mut self, past: usize, t: u32) -> Vec<bf16> {
+            let Self { cuda, embed, x, y, kv } = self;
+            cuda.embed(x.head_mut(D), embed, &[t], 1.0).unwrap();
+            let mut segments = [Segment { kv, past, rows: 1, mask: Mask::Causal }];
+            for layer in 0..LAYERS {
+                let y = y.view_mut(layer * D..(layer + 1) * D);
+                cuda.kv_stage(&mut segments, layer, x.all(), x.all()).unwrap();
+                cuda.attention(y, x.all(), &segments, layer, &SPEC).unwrap();
+            }
+            let mut out = vec![bf16::ZERO; LAYERS * D];
+            cuda.download(y.all(), &mut out).unwrap();
+            out
+        }
+    }
+
+    fn both() -> (Step, Step) {
+        (Step::new(Cuda::emulated().unwrap()), Step::new(Cuda::emulated().unwrap().without_graphs()))
+    }
+
+    /// Were a token or a length not sent, the result would show it: the two are planted one by one.
+    #[test]
+    fn cuda_values_that_are_not_sent_show() {
+        for slot in [Slot::Tokens, Slot::Segments] {
+            let (mut graphs, mut plain) = both();
+            for i in 0..4 {
+                assert_eq!(graphs.run(i, i as u32), plain.run(i, i as u32));
+            }
+            let before = graphs.cuda.graph_stats();
+            match slot {
+                Slot::Tokens => graphs.cuda.small().pretend(slot, &[9u32]),
+                _ => {
+                    let segments = [Segment { kv: &mut graphs.kv, past: 4, rows: 1, mask: Mask::Causal }];
+                    let (segs, _) = table(&segments).unwrap();
+                    graphs.cuda.small().pretend(slot, &segs);
+                }
+            }
+            assert_ne!(graphs.run(4, 9), plain.run(4, 9));
+            assert!(before.captured > 0 && graphs.cuda.graph_stats().replayed > before.replayed, "a graph has run");
+        }
+    }
+
+    #[test]
+    fn cuda_steps_that_cannot_be_captured_run_all_the_same() {
+        let (mut graphs, mut plain) = both();
+        graphs.cuda.stream.occupy_recorder();
+        for i in 0..6 {
+            assert_eq!(graphs.run(i, i as u32), plain.run(i, i as u32));
+        }
+        assert_eq!(graphs.cuda.graph_stats(), GraphStats { captured: 0, replayed: 0, refused: 1 });
     }
 }

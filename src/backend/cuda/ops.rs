@@ -344,7 +344,7 @@ impl Backend for Cuda {
         }
         let (n, layers, capacity, kv_dim) = (rows.len() as u32, kv.layers as u32, kv.capacity as u32, kv.kv_dim as u32);
         let mut small = self.small();
-        let path = small.put(&self.stream, Slot::Rows, rows)?;
+        let path = small.put(&self.stream, Slot::Path, rows)?;
         let args = args::KvCommit::new(path, kv.data.address(), past as u32, n, layers, capacity, kv_dim)?;
         self.launch(k::KV_COMMIT, args, [(kv.layers * kv.kv_dim / 4).div_ceil(128), 1, 1], 128, 0)
     }
@@ -435,7 +435,8 @@ impl Backend for Cuda {
             _ => (k::ATTEND_ANY_M16, 16),
         };
         let keys = segments.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
-        let chunks = keys.div_ceil(KEY_CHUNK);
+        // Blocks without keys leave at once. So many that a growing context changes the launch, and its graph, rarely.
+        let chunks = keys.div_ceil(KEY_CHUNK).next_power_of_two();
         let ld = head_dim.div_ceil(16) * 16 + 8;
         let shared = |stages: usize| 2 * (tile * ld + stages * 128 * ld + tile * 72) + 24 * tile;
         let stages = if shared(2) <= self.stream.shared_memory() { 2 } else { 1 };
