@@ -15,8 +15,10 @@ pub mod cuda;
 pub mod host;
 pub mod naive;
 mod sampling;
+mod train;
 
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, NO_TOKEN, Rule, Trees};
+pub use train::{Group, Ranks, Step, TAIL, Target, Train, Update, Visible, Write};
 
 use std::ops::Range;
 

@@ -1,6 +1,7 @@
 //! The specification: every op as the shortest correct f64 loop. For tiny models and for tests of the other backends.
 
 mod sampling;
+mod train;
 
 use super::host::HostBuf;
 use super::sampling::width;
