@@ -266,7 +266,7 @@ impl Train for Naive {
     ) -> Result<()> {
         let (rows, d, scale) = (lse.len() / spec.heads, spec.head_dim, spec.scale as f64);
         visible.check(rows)?;
-        [&mut *dq, &mut *dk, &mut *dv].map(|g| g.fill(0.0));
+        [&mut *dq, &mut *dk, &mut *dv].into_iter().for_each(|g| g.fill(0.0));
         for i in 0..rows {
             for h in 0..spec.heads {
                 let at = i * spec.q_dim() + h * d;
