@@ -22,7 +22,7 @@ pub use train::{Group, Ranks, Step, TAIL, Target, Train, Update, Visible, Write}
 
 use std::ops::Range;
 
-use crate::dtype::Elem;
+use crate::dtype::{Elem, Real};
 use crate::error::Result;
 use crate::model::config::Activation;
 use crate::tensor::HostTensor;
@@ -218,9 +218,9 @@ pub trait WeightInfo: Send + Sync {
 /// A device that runs the ops. See the module documentation for the rules that all of them share.
 pub trait Backend: Send + Sync + Sized + 'static {
     /// Operands of matrix products: f32 on the CPU, bf16 on CUDA, f64 in the specification.
-    type Act: Elem;
+    type Act: Real;
     /// Residual stream, statistics, logits: f32, f32, f64.
-    type Acc: Elem;
+    type Acc: Real;
     /// Device memory.
     type Buf<T: Elem>: Buffer<T>;
     /// A matrix `[out, in]` in whatever layout the device multiplies fastest.

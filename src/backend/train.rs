@@ -89,6 +89,27 @@ impl Visible {
         visible
     }
 
+    /// The same without what lies `window` or more positions before a row.
+    ///
+    /// # Errors
+    /// A row that then sees nothing.
+    pub fn windowed(&self, positions: &[u32], window: usize) -> Result<Self> {
+        let mut out = Self::new();
+        let mut ranges: Vec<[u32; 2]> = Vec::new();
+        for i in 0..self.rows() {
+            ranges.clear();
+            let near = |j: &u32| positions[*j as usize] as usize + window > positions[i] as usize;
+            for j in self.row(i).iter().flat_map(|r| r[0]..r[1]).filter(near) {
+                match ranges.last_mut() {
+                    Some(r) if r[1] == j => r[1] += 1,
+                    _ => ranges.push([j, j + 1]),
+                }
+            }
+            out.push(&ranges)?;
+        }
+        Ok(out)
+    }
+
     /// Rows.
     pub fn rows(&self) -> usize {
         self.ends.len()

@@ -99,6 +99,18 @@ impl Rope {
             })
             .collect()
     }
+
+    /// For each position a row of `head_dim`: the cosines of its angles, then the sines.
+    pub(super) fn fill(&self, positions: impl Iterator<Item = usize>, head_dim: usize, table: &mut [f32]) {
+        let freq = self.inv_freq(head_dim);
+        for (p, row) in positions.zip(table.chunks_exact_mut(head_dim)) {
+            let (cos, sin) = row.split_at_mut(head_dim / 2);
+            for (i, f) in freq.iter().enumerate() {
+                let (s, c) = (p as f64 * f).sin_cos();
+                (cos[i], sin[i]) = (c as f32, s as f32);
+            }
+        }
+    }
 }
 
 /// The shape and the knobs of one decoder.

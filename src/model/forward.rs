@@ -162,15 +162,8 @@ impl<B: Backend> Model<B> {
         let d = self.cfg.head_dim;
         for (rope, buf) in ropes.into_iter().zip(&mut ws.rope) {
             let Some(rope) = rope else { continue };
-            let freq = rope.inv_freq(d);
             let positions = seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.mask.position(s.cache.len(), i)));
-            for (p, row) in positions.zip(ws.table.chunks_exact_mut(d)) {
-                let (cos, sin) = row.split_at_mut(d / 2);
-                for (i, f) in freq.iter().enumerate() {
-                    let (s, c) = (p as f64 * f).sin_cos();
-                    (cos[i], sin[i]) = (c as f32, s as f32);
-                }
-            }
+            rope.fill(positions, d, &mut ws.table);
             self.be.upload_acc(buf.head_mut(rows * d), &ws.table[..rows * d])?;
         }
         Ok(())

@@ -41,18 +41,24 @@ pub struct Model<B: Backend> {
 impl<B: Backend> Model<B> {
     /// Brings every weight of `source` to the device. `progress` hears of each tensor: how many are done, of how many.
     pub fn load(be: Arc<B>, source: &dyn TensorSource, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
-        let cfg = source.config().clone();
-        let total = Role::all(&cfg).count();
+        let total = Role::all(source.config()).count();
         let mut done = 0;
-        let mut step = || {
+        Self::load_with(be, source, |be, role, _| {
+            let w = be.weight(source.tensor(role)?).context(|| role.to_string())?;
             done += 1;
             progress(done, total);
-        };
-        let mut matrix = |role: Role| -> Result<B::Weight> {
-            let w = be.weight(source.tensor(role)?).context(|| role.to_string())?;
-            step();
             Ok(w)
-        };
+        })
+    }
+
+    /// With matrices that `make` gives for their role and shape; vectors are the source's.
+    pub(super) fn load_with(
+        be: Arc<B>,
+        source: &dyn TensorSource,
+        mut make: impl FnMut(&B, Role, [usize; 2]) -> Result<B::Weight>,
+    ) -> Result<Self> {
+        let cfg = source.config().clone();
+        let mut matrix = |role: Role| make(&be, role, role.shape(&cfg).unwrap_or([0, 0]));
         let vector = |role: Role| -> Result<B::Buf<B::Acc>> {
             let v = source.tensor(role)?.to_f32();
             let mut b = be.alloc(v.len())?;
@@ -86,7 +92,7 @@ impl<B: Backend> Model<B> {
         let final_norm = vector(Role::FinalNorm)?;
         let head = (!cfg.tied).then(|| matrix(Role::Head)).transpose()?;
         be.weights_done();
-        Ok(Self { be, cfg, weights: Weights { embed, layers, final_norm, head } })
+        Ok(Self { be, weights: Weights { embed, layers, final_norm, head }, cfg })
     }
 
     /// The configuration.

@@ -1,0 +1,243 @@
+//! The forward pass of training: the same decoder as `forward`, over packed sequences, without a cache, keeping what
+//! `backward` needs.
+
+use std::ops::Range;
+
+use super::config::Rope;
+use super::lora::{Adapter, Site};
+use super::roles::LayerRole;
+use super::saved::{Pass, Saved};
+use super::weights::Model;
+use crate::backend::{AttnSpec, Backend, Buffer, Out, Target, Train, Write};
+use crate::dtype::Real;
+use crate::error::{Result, ensure};
+
+/// How a layer is run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Run {
+    /// To the next layer's input.
+    Forward,
+    /// Again, for what the backward pass reads.
+    Again,
+}
+
+impl<B: Backend> Model<B> {
+    pub(super) fn spec(&self, layer: usize) -> AttnSpec {
+        let cfg = &self.cfg;
+        let window = cfg.window.filter(|_| cfg.is_local(layer));
+        AttnSpec { heads: cfg.heads, kv_heads: cfg.kv_heads, head_dim: cfg.head_dim, scale: cfg.attn_scale, window }
+    }
+
+    /// Which table of rotations and which of visible rows a layer uses.
+    pub(super) fn tables(&self, layer: usize) -> (usize, usize) {
+        let local = self.cfg.is_local(layer);
+        (usize::from(local && self.cfg.local_rope.is_some()), usize::from(local && self.cfg.window.is_some()))
+    }
+}
+
+impl<B: Train> Model<B> {
+    /// Runs the rows of `pass`, with `adapter` on top of the weights. The final hidden states of its wanted rows, normed, lie in
+    /// `saved` for [`Model::head`].
+    ///
+    /// # Errors
+    /// A pass larger than planned; the device's errors.
+    pub fn forward_saved(&self, pass: &Pass, adapter: Option<&Adapter<B>>, saved: &mut Saved<B>) -> Result<()> {
+        let (be, cfg, rows) = (&*self.be, &self.cfg, pass.rows());
+        ensure!(rows <= saved.rows, Capacity, "{rows} rows in one training pass; {} are planned", saved.rows);
+        let (wanted, most) = (pass.wanted.len(), saved.wanted_rows);
+        ensure!(wanted <= most, Capacity, "{wanted} rows have a loss in one pass; {most} are planned");
+        self.fill_tables(pass, saved)?;
+        let n = rows * cfg.hidden;
+        be.embed(saved.x[0].head_mut(n), &self.weights.embed, &pass.tokens, cfg.embed_scale)?;
+        for i in 0..cfg.layers {
+            self.layer(i, pass, adapter, saved, Run::Forward)?;
+        }
+        if wanted > 0 {
+            let p = wanted * cfg.hidden;
+            be.gather_rows(saved.picked.head_mut(p), saved.x[cfg.layers].head(n), &pass.wanted, cfg.hidden)?;
+            be.rms_norm(saved.out.head_mut(p), saved.picked.head(p), &self.weights.final_norm, cfg.eps)?;
+        }
+        Ok(())
+    }
+
+    /// Layer `i` from `saved.x[i]`.
+    pub(super) fn layer(
+        &self,
+        i: usize,
+        pass: &Pass,
+        adapter: Option<&Adapter<B>>,
+        saved: &mut Saved<B>,
+        run: Run,
+    ) -> Result<()> {
+        let (be, cfg, l, rows) = (&*self.be, &self.cfg, &self.weights.layers[i], pass.rows());
+        let (spec, eps, (rope, seen)) = (self.spec(i), cfg.eps, self.tables(i));
+        let (n, nq, nk, ng) = (rows * cfg.hidden, rows * spec.q_dim(), rows * spec.kv_dim(), rows * cfg.ffn);
+        let set = saved.set(i);
+        let Saved { x, layers, room, rope: tables, .. } = saved;
+        let (before, behind) = x.split_at_mut(i + 1);
+        let (x, next, s) = (&before[i], &mut behind[0], &mut layers[set]);
+        let table = tables[rope][0].head(rows * cfg.head_dim);
+        let site = |site: Site| adapter.and_then(|a| a.site(i, site));
+
+        let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[0]);
+        be.rms_norm(h.head_mut(n), x.head(n), &l.attn_norm, eps)?;
+        let h = h.head(n);
+        let [q, k] = s.pre.as_mut().map_or([&mut s.q, &mut s.k], |[q, k]| [q, k]);
+        be.linear_fwd(q.head_mut(nq), h, &l.q.w, l.q.bias.as_ref(), Write::Set)?;
+        be.linear_fwd(k.head_mut(nk), h, &l.k.w, l.k.bias.as_ref(), Write::Set)?;
+        be.linear_fwd(s.v.head_mut(nk), h, &l.v.w, l.v.bias.as_ref(), Write::Set)?;
+        if let Some(lora) = site(Site::Qkv) {
+            let shrunk = &mut s.shrunk[0];
+            lora.shrink(be, shrunk.head_mut(rows * lora.ranks), h, rows)?;
+            let shrunk = shrunk.head(rows * lora.ranks);
+            lora.expand(be, LayerRole::Q, q.head_mut(nq), shrunk, rows)?;
+            lora.expand(be, LayerRole::K, k.head_mut(nk), shrunk, rows)?;
+            lora.expand(be, LayerRole::V, s.v.head_mut(nk), shrunk, rows)?;
+        }
+        if let (Some([q, k]), Some([q_norm, k_norm])) = (&s.pre, &l.qk_norm) {
+            be.copy(s.q.head_mut(nq), q.head(nq))?;
+            be.copy(s.k.head_mut(nk), k.head(nk))?;
+            be.head_norm(s.q.head_mut(nq), q_norm, eps)?;
+            be.head_norm(s.k.head_mut(nk), k_norm, eps)?;
+        }
+        be.rope(s.q.head_mut(nq), table, cfg.head_dim)?;
+        be.rope(s.k.head_mut(nk), table, cfg.head_dim)?;
+        let lse = s.lse.head_mut(rows * cfg.heads);
+        let (q, k, v) = (s.q.head(nq), s.k.head(nk), s.v.head(nk));
+        be.attend(s.a.head_mut(nq), lse, q, k, v, &pass.visible[seen], &spec)?;
+
+        let a = s.a.head(nq);
+        be.copy(s.mid.head_mut(n), x.head(n))?;
+        let (to, write) = match &mut s.post {
+            Some([attn, _]) => (attn, Write::Set),
+            None => (&mut s.mid, Write::Add),
+        };
+        be.linear_fwd(to.head_mut(n), a, &l.o, None, write)?;
+        if let Some(lora) = site(Site::O) {
+            lora.shrink(be, s.shrunk[1].head_mut(rows * lora.ranks), a, rows)?;
+            lora.expand(be, LayerRole::O, to.head_mut(n), s.shrunk[1].head(rows * lora.ranks), rows)?;
+        }
+        if let (Some([attn, _]), Some([norm, _])) = (&s.post, &l.post_norms) {
+            be.add_normed(s.mid.head_mut(n), attn.head(n), norm, eps)?;
+        }
+
+        let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[1]);
+        be.rms_norm(h.head_mut(n), s.mid.head(n), &l.mlp_norm, eps)?;
+        let h = h.head(n);
+        be.linear_fwd(s.gate.head_mut(ng), h, &l.gate, None, Write::Set)?;
+        be.linear_fwd(s.up.head_mut(ng), h, &l.up, None, Write::Set)?;
+        if let Some(lora) = site(Site::GateUp) {
+            lora.shrink(be, s.shrunk[2].head_mut(rows * lora.ranks), h, rows)?;
+            let shrunk = s.shrunk[2].head(rows * lora.ranks);
+            lora.expand(be, LayerRole::Gate, s.gate.head_mut(ng), shrunk, rows)?;
+            lora.expand(be, LayerRole::Up, s.up.head_mut(ng), shrunk, rows)?;
+        }
+        let z = s.operands.as_mut().map_or(&mut room.z, |o| &mut o[2]);
+        be.glu(z.head_mut(ng), s.gate.head(ng), s.up.head(ng), cfg.activation)?;
+        let z = z.head(ng);
+        if let Some(lora) = site(Site::Down) {
+            lora.shrink(be, s.shrunk[3].head_mut(rows * lora.ranks), z, rows)?;
+        }
+        // Behind this, only a post-norm's input is read by the backward pass.
+        if run == Run::Again && s.post.is_none() {
+            return Ok(());
+        }
+        if run == Run::Forward {
+            be.copy(next.head_mut(n), s.mid.head(n))?;
+        }
+        let (to, write) = match &mut s.post {
+            Some([_, mlp]) => (mlp, Write::Set),
+            None => (&mut *next, Write::Add),
+        };
+        be.linear_fwd(to.head_mut(n), z, &l.down, None, write)?;
+        if let Some(lora) = site(Site::Down) {
+            lora.expand(be, LayerRole::Down, to.head_mut(n), s.shrunk[3].head(rows * lora.ranks), rows)?;
+        }
+        if let (Run::Forward, Some([_, mlp]), Some([_, norm])) = (run, &s.post, &l.post_norms) {
+            be.add_normed(next.head_mut(n), mlp.head(n), norm, eps)?;
+        }
+        Ok(())
+    }
+
+    /// Rotations of the pass's positions and their inverses.
+    fn fill_tables(&self, pass: &Pass, saved: &mut Saved<B>) -> Result<()> {
+        let ropes: [Option<&Rope>; 2] = [Some(&self.cfg.rope), self.cfg.local_rope.as_ref()];
+        let d = self.cfg.head_dim;
+        for (rope, bufs) in ropes.into_iter().zip(&mut saved.rope) {
+            let Some(rope) = rope else { continue };
+            let mut table = vec![0.0; pass.rows() * d];
+            rope.fill(pass.positions.iter().map(|&p| p as usize), d, &mut table);
+            self.be.upload_acc(bufs[0].head_mut(table.len()), &table)?;
+            table.chunks_exact_mut(d).for_each(|row| row[d / 2..].iter_mut().for_each(|sin| *sin = -*sin));
+            self.be.upload_acc(bufs[1].head_mut(table.len()), &table)?;
+        }
+        Ok(())
+    }
+}
+
+/// Room for the vocabulary matrix: logits of a few rows at a time, so that `[rows, vocabulary]` never exists.
+pub struct Head<B: Backend> {
+    tile: usize,
+    logits: B::Buf<B::Acc>,
+    loss: B::Buf<B::Acc>,
+    /// Gradient of the wanted rows' hidden states.
+    dout: B::Buf<B::Acc>,
+}
+
+impl<B: Train> Head<B> {
+    /// For passes with up to `wanted` rows that have a loss, whose logits are computed `tile` rows at a time.
+    pub fn new(model: &Model<B>, wanted: usize, tile: usize) -> Result<Self> {
+        let (be, cfg, tile) = (&*model.be, &model.cfg, tile.clamp(1, wanted.max(1)));
+        let [logits, dout] = [be.alloc(tile * cfg.vocab)?, be.alloc(wanted * cfg.hidden)?];
+        Ok(Self { tile, logits, loss: be.alloc(tile)?, dout })
+    }
+
+    pub(super) fn dout(&self, rows: usize, hidden: usize) -> crate::backend::In<'_, B, B::Acc> {
+        self.dout.head(rows * hidden)
+    }
+}
+
+impl<B: Train> Model<B> {
+    /// The loss of each wanted row of the last pass, and, where `grad`, its gradient for [`Model::backward`]: that of the row's loss
+    /// times its weight. `target` gives what the rows of a range should have been. `dw` is the gradient of the vocabulary matrix, if
+    /// that trains.
+    ///
+    /// # Errors
+    /// The device's.
+    #[allow(clippy::too_many_arguments)]
+    pub fn head<'t>(
+        &self,
+        pass: &Pass,
+        saved: &Saved<B>,
+        head: &mut Head<B>,
+        target: impl Fn(Range<usize>) -> Target<'t, B>,
+        weights: &[f32],
+        grad: bool,
+        mut full: Option<&mut super::Full<B>>,
+    ) -> Result<Vec<f64>> {
+        let (be, cfg, n) = (&*self.be, &self.cfg, pass.wanted.len());
+        ensure!(weights.len() == n, Shape, "{} weights for {n} rows that have a loss", weights.len());
+        let w = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
+        let role = if cfg.tied { super::roles::Role::Embed } else { super::roles::Role::Head };
+        let mut losses = vec![0.0; n];
+        let mut part = vec![B::Acc::default(); head.tile];
+        for first in (0..n).step_by(head.tile) {
+            let r = first..n.min(first + head.tile);
+            let (rows, h) = (r.len(), first * cfg.hidden..r.end * cfg.hidden);
+            let (nv, x) = (rows * cfg.vocab, saved.out.view(h.clone()));
+            be.linear_fwd(head.logits.head_mut(nv), x, w, None, Write::Set)?;
+            let loss: Out<'_, B, B::Acc> = head.loss.head_mut(rows);
+            be.loss_rows(loss, head.logits.head_mut(nv), &target(r.clone()), &weights[r.clone()])?;
+            be.download(head.loss.head(rows), &mut part[..rows])?;
+            losses[r].iter_mut().zip(&part).for_each(|(l, p)| *l = p.to_f64());
+            if grad {
+                let dz = head.logits.head(nv);
+                be.linear_bwd_x(head.dout.view_mut(h), dz, w, Write::Set)?;
+                if let Some(dw) = full.as_mut().and_then(|f| f.grad(role)) {
+                    be.linear_bwd_w(dw, dz, x, rows)?;
+                }
+            }
+        }
+        Ok(losses)
+    }
+}
