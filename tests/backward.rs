@@ -5,6 +5,8 @@ mod common;
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::bf16;
+use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
 use quadriga::backend::{Backend, Buffer, Target, Train, TreeMask, Visible};
 use quadriga::dtype::Real;
@@ -51,7 +53,15 @@ struct Case<B: Backend> {
 impl<B: Train> Case<B> {
     fn new(be: B, name: &str, visible: impl Fn(usize) -> Visible, recompute: Recompute) -> Self {
         let source = checkpoint(name);
-        let (model, full) = Model::load_trainable(Arc::new(be), &source, |_, _| {}).unwrap();
+        let (mut model, mut full) = Model::load_trainable(Arc::new(be), &source, |_, _| {}).unwrap();
+        // Values that every backend's type of weights holds: what it rounds is activations.
+        for p in full.params_mut() {
+            let mut values = p.to_host(model.backend()).unwrap();
+            values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            let n = p.len();
+            model.backend().upload_acc(p.w.head_mut(n), &values).unwrap();
+        }
+        model.refresh(&full).unwrap();
         let cfg = model.config().clone();
         let mut adapter = Adapter::new(model.backend(), &cfg, &modules(&cfg)).unwrap();
         adapter.train(model.backend(), |_| true).unwrap();
@@ -233,5 +243,58 @@ fn mixed_adapters_add_up() {
     let want = losses(&mut case, &saved);
     for (got, want) in got.iter().zip(&want) {
         assert!((got - want).abs() < 1e-5, "{got} {want}");
+    }
+}
+
+/// How far a backend's gradients are from the specification's, tensor by tensor: the norm of the difference over the norm, with gradients that are small
+/// beside the whole judged by the whole.
+fn distance(want: &[(String, Vec<f64>)], got: &[(String, Vec<f64>)]) -> (f64, String) {
+    let norm = |g: &[f64]| g.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let whole = want.iter().map(|w| norm(&w.1).powi(2)).sum::<f64>().sqrt();
+    let mut worst = (0.0, String::new());
+    for ((name, w), (_, g)) in want.iter().zip(got) {
+        let difference: Vec<f64> = w.iter().zip(g).map(|(w, g)| w - g).collect();
+        let error = norm(&difference) / norm(w).max(1e-3 * whole);
+        // A NaN must not pass.
+        if error.is_nan() || error > worst.0 {
+            worst = (error, name.clone());
+        }
+    }
+    worst
+}
+
+fn agrees<B: Train>(name: &str, backend: &str, be: impl Fn() -> B, bound: f64) {
+    for visible in [packed, |_| Visible::blocks(&[11, 6], 4)] {
+        let mut naive = Case::new(Naive, name, visible, Recompute::Pointwise);
+        let mut other = Case::new(be(), name, visible, Recompute::Pointwise);
+        let (want, got) = (naive.loss(true), other.loss(true));
+        assert!((want - got).abs() < bound * want, "{name} on {backend}: loss {got}, not {want}");
+        let (error, tensor) = distance(&naive.grads(), &other.grads());
+        println!("{name} on {backend}: {error:.1e} at {tensor}");
+        assert!(error < bound, "{name} on {backend}: gradient of {tensor} off by {error:.1e}");
+    }
+}
+
+#[test]
+fn cpu_gradients_agree_with_the_specification() {
+    for name in FAMILIES {
+        for tier in Tier::available() {
+            for threads in [1, 3] {
+                agrees(name, &format!("{tier} exact"), || Cpu::with(threads, tier, Compute::Exact), 1e-4);
+            }
+            agrees(name, &format!("{tier} fast"), || Cpu::with(2, tier, Compute::Fast), 0.03);
+        }
+    }
+}
+
+#[test]
+fn threads_and_recompute_levels_change_no_bit_on_the_cpu() {
+    for compute in [Compute::Exact, Compute::Fast] {
+        let mut want = None;
+        for (threads, level) in [(1, Recompute::Nothing), (3, Recompute::Pointwise), (2, Recompute::Layer)] {
+            let mut case = Case::new(Cpu::with(threads, Tier::detect(), compute), "tiny-qwen3", packed, level);
+            let got = (case.loss(true), case.grads());
+            assert!(*want.get_or_insert_with(|| got.clone()) == got, "{threads} threads, {level:?}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! [`Cpu`]: the ops of [`Backend`] on this machine's cores.
 
 use super::attention::{SegView, attention};
+use super::gemm::GemmScratch;
 use super::kv::CpuKv;
 use super::matmul::{Job, MatmulCx, PackedWeight, Scratch, linear, linear_glu, linear_many};
 use super::memory::Arena;
@@ -17,18 +18,20 @@ use crate::tensor::HostTensor;
 
 /// The native backend. Results do not depend on the number of threads, nor a row's on the number of rows in the pass.
 pub struct Cpu {
-    pool: Pool,
-    tier: Tier,
-    compute: Compute,
+    pub(super) pool: Pool,
+    pub(super) tier: Tier,
+    pub(super) compute: Compute,
+    pub(super) gemm: GemmScratch,
+    pub(super) arena: Arena,
     scratch: Scratch,
-    arena: Arena,
 }
 
 impl Cpu {
     /// A backend of `threads` threads that uses `tier`, which must be among [`Tier::available`].
     pub fn with(threads: usize, tier: Tier, compute: Compute) -> Self {
         assert!(tier <= Tier::detect(), "this machine has no {tier} instructions");
-        Self { pool: Pool::new(threads), tier, compute, scratch: Scratch::default(), arena: Arena::default() }
+        let (gemm, arena, scratch) = Default::default();
+        Self { pool: Pool::new(threads), tier, compute, gemm, arena, scratch }
     }
 
     /// Its threads.

@@ -3,6 +3,7 @@
 pub mod attention;
 mod backend;
 pub mod bandwidth;
+pub mod gemm;
 pub mod kv;
 pub mod lanes;
 pub mod logits;
@@ -11,6 +12,7 @@ pub mod memory;
 pub mod pool;
 pub mod rows;
 pub mod sampling;
+mod train;
 
 pub use backend::Cpu;
 

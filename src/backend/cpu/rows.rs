@@ -25,12 +25,12 @@ fn rows_per_task(pool: &Pool, rows: usize, width: usize) -> usize {
 }
 
 /// Whether `n` values are rows of `width`.
-fn check_rows(what: &str, n: usize, width: usize) -> Result<()> {
+pub(super) fn check_rows(what: &str, n: usize, width: usize) -> Result<()> {
     ensure!(width > 0 && n.is_multiple_of(width), Shape, "{what}: {n} values are not rows of {width}");
     Ok(())
 }
 
-fn check_equal(what: &str, a: usize, b: usize) -> Result<()> {
+pub(super) fn check_equal(what: &str, a: usize, b: usize) -> Result<()> {
     ensure!(a == b, Shape, "{what}: {a} values on one side and {b} on the other");
     Ok(())
 }
@@ -238,7 +238,7 @@ struct Norm<'a> {
 
 /// 1 / sqrt(mean(x^2) + eps); four sums at a time, so that the additions overlap.
 #[inline(always)]
-fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
+pub(super) fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
     let mut acc = [s.splat(0.0); 4];
     let mut quads = x.chunks_exact(4 * S::N);
     for quad in &mut quads {
@@ -275,6 +275,8 @@ macro_rules! each_vector {
         }
     }};
 }
+
+pub(super) use each_vector;
 
 impl Kernel for Norm<'_> {
     type Out = ();

@@ -1,12 +1,15 @@
 //! [`PackedWeight`]: a matrix in the form in which the kernels read it.
 
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
 use super::layout::{BLOCK, Block, Layout, PANEL};
 use super::pack;
 use crate::backend::WeightInfo;
 use crate::backend::cpu::memory::{AlignedBytes, Arena};
 use crate::backend::cpu::pool::Pool;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result, ensure};
 use crate::tensor::{Bytes, HostTensor};
 
 /// Bytes packed by one task, and between two releases of source pages.
@@ -51,6 +54,40 @@ impl PackedWeight {
             Store::Own(copy)
         };
         Ok(Self { dtype, rows, cols, store })
+    }
+
+    /// A plain matrix of zeros that [`PackedWeight::set`] can change: in the type to which fast products round their operands, where
+    /// they do.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn zeros(rows: usize, cols: usize, bf16s: bool, arena: &Arena) -> Result<Self> {
+        let dtype = if bf16s { DType::BF16 } else { DType::F32 };
+        let bytes = dtype.row_bytes(cols)?.checked_mul(rows);
+        let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Capacity, format!("a matrix [{rows}, {cols}]")))?;
+        Ok(Self { dtype, rows, cols, store: Store::Own(arena.alloc(bytes)?) })
+    }
+
+    /// Takes the values of another matrix, rounded to nearest.
+    ///
+    /// # Errors
+    /// Another shape; a matrix that was read from a file.
+    pub fn set(&mut self, values: &[f32], pool: &Pool) -> Result<()> {
+        let (n, dtype) = (self.rows * self.cols, self.dtype);
+        ensure!(values.len() == n, Shape, "{} values for a matrix [{}, {}]", values.len(), self.rows, self.cols);
+        let Store::Own(bytes) = &mut self.store else {
+            return Err(Error::new(ErrorKind::Unsupported, "a matrix in a file's map cannot be changed"));
+        };
+        match dtype {
+            DType::F32 => pool.run_chunks(bytemuck::cast_slice_mut(bytes), CHUNK, |i, to: &mut [f32]| {
+                to.copy_from_slice(&values[i * CHUNK..][..to.len()]);
+            }),
+            DType::BF16 => pool.run_chunks(bytemuck::cast_slice_mut(bytes), CHUNK, |i, to: &mut [bf16]| {
+                to.convert_from_f32_slice(&values[i * CHUNK..][..to.len()]);
+            }),
+            other => return Err(Error::new(ErrorKind::Unsupported, format!("a {other} matrix cannot be changed"))),
+        }
+        Ok(())
     }
 
     fn panels(dtype: DType, rows: usize, cols: usize, data: &[u8], pool: &Pool, arena: &Arena) -> Result<AlignedBytes> {
