@@ -41,7 +41,7 @@ impl Curve {
         write_file(path, |out| out.write_all(self.csv().as_bytes()))
     }
 
-    /// Writes a picture: the loss of every step as a thin line, its running mean as a thick one, held-out losses as dots.
+    /// Writes a picture: the loss of every step as a thin line, their mean around it as a thick one, held-out losses as dots.
     pub fn write_svg(&self, path: &Path, title: &str) -> Result<()> {
         write_file(path, |out| out.write_all(self.svg(title).as_bytes()))
     }
@@ -65,17 +65,23 @@ impl Curve {
         text
     }
 
-    /// The mean of the losses so far, of which those `span` steps back weigh 1/e of the last; unbiased from the first on.
+    /// At each step the mean over all, of which those `span` steps before or behind weigh 1/e of the step itself.
     fn smooth(&self, span: f64) -> Vec<(f64, f64)> {
+        let points: Vec<&Point> = self.points.iter().filter(|p| p.loss.is_finite()).collect();
         let keep = (-1.0 / span).exp();
+        let mut means = vec![(0.0, 0.0); points.len()];
+        // Forth, then back without the step itself.
         let (mut sum, mut weight) = (0.0, 0.0);
-        let finite = self.points.iter().filter(|p| p.loss.is_finite());
-        finite
-            .map(|p| {
-                (sum, weight) = (sum * keep + p.loss, weight * keep + 1.0);
-                (p.step as f64, sum / weight)
-            })
-            .collect()
+        for (m, p) in means.iter_mut().zip(&points) {
+            (sum, weight) = (sum * keep + p.loss, weight * keep + 1.0);
+            *m = (sum, weight);
+        }
+        (sum, weight) = (0.0, 0.0);
+        for (m, p) in means.iter_mut().zip(&points).rev() {
+            *m = (m.0 + sum, m.1 + weight);
+            (sum, weight) = ((sum + p.loss) * keep, (weight + 1.0) * keep);
+        }
+        points.iter().zip(means).map(|(p, (sum, weight))| (p.step as f64, sum / weight)).collect()
     }
 
     fn svg(&self, title: &str) -> String {
@@ -134,7 +140,7 @@ impl Curve {
                 line(&raw),
                 line(&smooth)
             );
-            legend.extend([("#9bb8d9", "each step"), ("#1f4e8c", "running mean")]);
+            legend.extend([("#9bb8d9", "each step"), ("#1f4e8c", "smoothed")]);
         }
         for p in &dots {
             let _ = writeln!(s, r##"<circle cx="{:.1}" cy="{:.1}" r="4" fill="#c4421a"/>"##, x(p.0), y(p.1));
@@ -206,8 +212,12 @@ mod tests {
     }
 
     #[test]
-    fn the_running_mean_of_a_constant_is_the_constant() {
+    fn the_mean_follows_a_line_and_keeps_a_constant() {
         let mut c = sample();
+        c.points.iter_mut().for_each(|p| p.loss = p.step as f64 / 100.0);
+        // Weights fall alike to both sides: no lag.
+        let middle = c.smooth(10.0)[199];
+        assert!((middle.1 - 2.0).abs() < 1e-6, "{middle:?}");
         c.points.iter_mut().for_each(|p| p.loss = 2.5);
         assert!(c.smooth(10.0).iter().all(|p| (p.1 - 2.5).abs() < 1e-12));
         c.points[5].loss = f64::NAN;
