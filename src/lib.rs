@@ -14,10 +14,12 @@ pub mod decode;
 pub mod dtype;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod format;
 pub mod model;
 pub mod perf;
 pub mod rng;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

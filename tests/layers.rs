@@ -31,12 +31,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("online", &[]),
     ("dtype", &[]),
     ("tensor", &["dtype"]),
+    // How files reach the disk; what is in them is the business of `format` and `train`.
+    ("files", &["dtype"]),
     // Backends take plain settings (the activation) from the configuration, and nothing else of the model.
     ("backend", &["tensor", "dtype", "perf", "rng", "model::config"]),
     ("model", &["backend", "tensor", "dtype", "rng"]),
-    ("format", &["model::config", "model::roles", "tensor", "dtype"]),
+    ("format", &["model::config", "model::roles", "files", "tensor", "dtype"]),
     ("decode", &["model", "backend", "tensor", "dtype", "rng"]),
-    ("train", &["decode", "model", "backend", "tensor", "dtype", "rng", "online"]),
+    ("train", &["decode", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
     ("speculative", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("diffusion", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("continual", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),

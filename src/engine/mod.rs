@@ -16,6 +16,7 @@
 
 mod erased;
 mod session;
+mod texts;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use std::time::Instant;
 
 pub use erased::Decode;
 pub use session::{Finish, Generate, Generation, Piece, Session};
+pub use texts::Texts;
 
 use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
@@ -203,6 +205,14 @@ impl Engine {
     /// `Tokenizer` where it is damaged.
     pub fn chat_template(&self) -> Result<Option<&ChatTemplate>> {
         self.0.template.as_ref().map(Option::as_ref).map_err(|e| Error::new(e.kind(), e.to_string()))
+    }
+
+    /// The tokenizer and the chat template for training data.
+    ///
+    /// # Errors
+    /// `Tokenizer` where either is damaged, or there is no tokenizer.
+    pub fn texts(&self) -> Result<Texts> {
+        Ok(Texts::new(self.tokenizer()?.clone(), self.chat_template()?.cloned()))
     }
 
     /// An empty session of up to `capacity` tokens, with its own random numbers.

@@ -19,6 +19,7 @@ pub mod gguf;
 pub mod gguf_config;
 pub mod hf_config;
 pub mod mmap;
+pub mod peft;
 pub mod roles;
 pub mod safetensors;
 pub mod tokenizer;

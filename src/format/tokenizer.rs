@@ -159,6 +159,11 @@ impl Tokenizer {
         !self.0.prefix.is_empty()
     }
 
+    /// The tokens that [`Tokenizer::encode`] with `add_special` puts before the text.
+    pub fn prefix(&self) -> &[u32] {
+        &self.0.prefix
+    }
+
     /// Tokens that end a text or a turn.
     pub fn eos(&self) -> &[u32] {
         &self.0.eos

@@ -1,0 +1,153 @@
+//! Examples to batches: shuffled by seed and epoch, packed, from any place in the run.
+
+use serde::{Deserialize, Serialize};
+
+use super::Example;
+use crate::error::{Result, ensure};
+use crate::rng::Rng;
+
+/// Random numbers of a seed that decide the order of examples: one stream for each epoch from here on.
+const SHUFFLE: u64 = 0x5348_5546 << 32;
+/// Batches that are filled at the same time. More would fill them hardly better and mix the order up.
+const OPEN: usize = 16;
+
+/// Limits of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Packing {
+    /// Most tokens.
+    pub rows: usize,
+    /// Most sequences.
+    pub sequences: usize,
+}
+
+/// A place in the run: the batch that comes next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Times that the data was seen in full.
+    pub epoch: u64,
+    /// Batches of this epoch that are done.
+    pub position: u64,
+}
+
+/// Several sequences, one after another; a row for each token.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// All tokens.
+    pub tokens: Vec<u32>,
+    /// Length of each sequence; their sum is the number of tokens.
+    pub lens: Vec<usize>,
+    /// Row whose logits predict, and the token that they should.
+    pub labels: Vec<(u32, u32)>,
+}
+
+impl Batch {
+    /// The sequences of `examples` in their order.
+    pub fn new<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+        let mut batch = Self::default();
+        for e in examples {
+            let first = batch.tokens.len();
+            let labels = (1..e.tokens.len()).filter(|&i| e.loss[i]);
+            batch.labels.extend(labels.map(|i| ((first + i - 1) as u32, e.tokens[i])));
+            batch.tokens.extend(&e.tokens);
+            batch.lens.push(e.tokens.len());
+        }
+        batch
+    }
+}
+
+/// Divides sequences of lengths `lens`, taken in `order`, into batches: each goes to the first open batch with room for it.
+/// At most [`OPEN`] are open at a time; then the oldest is closed. Returns indices, batch by batch.
+///
+/// # Panics
+/// If one is longer than a batch.
+pub fn pack(lens: &[usize], order: &[usize], limits: Packing) -> Vec<Vec<usize>> {
+    let mut batches: Vec<(usize, Vec<usize>)> = Vec::new();
+    for &i in order {
+        assert!(lens[i] <= limits.rows, "a sequence of {} tokens in batches of {}", lens[i], limits.rows);
+        let open = batches.len().saturating_sub(OPEN);
+        let fits = |b: &&mut (usize, Vec<usize>)| b.0 + lens[i] <= limits.rows && b.1.len() < limits.sequences;
+        match batches[open..].iter_mut().find(fits) {
+            Some(b) => {
+                b.0 += lens[i];
+                b.1.push(i);
+            }
+            None => batches.push((lens[i], vec![i])),
+        }
+    }
+    batches.into_iter().map(|b| b.1).collect()
+}
+
+/// The endless sequence of batches of a run: epoch after epoch, each in an order of its own.
+pub struct Batches<'a> {
+    examples: &'a [Example],
+    lens: Vec<usize>,
+    limits: Packing,
+    seed: Option<u64>,
+    cursor: Cursor,
+    plan: Vec<Vec<usize>>,
+}
+
+impl<'a> Batches<'a> {
+    /// Batches of `examples` from `cursor` on. Without a seed every epoch is in the order of the examples.
+    ///
+    /// # Errors
+    /// `Usage` where there are no examples, one does not fit into a batch, or the epoch has no such batch: the data or the
+    /// limits are not those that the cursor comes from.
+    pub fn new(examples: &'a [Example], limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
+        let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
+        let longest = lens.iter().max().copied().unwrap_or(0);
+        ensure!(longest > 0 && limits.sequences > 0, Usage, "there is nothing to make a batch of");
+        ensure!(
+            longest <= limits.rows,
+            Usage,
+            "an example has {longest} tokens, a batch holds {}: raise --batch-tokens or lower --max-length",
+            limits.rows
+        );
+        let mut batches = Self { examples, lens, limits, seed, cursor, plan: Vec::new() };
+        batches.plan = batches.plan_epoch();
+        let n = batches.plan.len();
+        ensure!(
+            cursor.position < n as u64,
+            Usage,
+            "the run stopped at batch {} of an epoch that has {n}: not the same data or batch size",
+            cursor.position
+        );
+        Ok(batches)
+    }
+
+    /// The place of the next batch.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// Batches of the current epoch.
+    pub fn in_epoch(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn plan_epoch(&self) -> Vec<Vec<usize>> {
+        let mut order: Vec<usize> = (0..self.examples.len()).collect();
+        if let Some(seed) = self.seed {
+            let mut rng = Rng::stream(seed, SHUFFLE.wrapping_add(self.cursor.epoch));
+            for i in (1..order.len()).rev() {
+                order.swap(i, rng.below(i + 1));
+            }
+        }
+        pack(&self.lens, &order, self.limits)
+    }
+}
+
+impl Iterator for Batches<'_> {
+    type Item = Batch;
+
+    /// Never `None`.
+    fn next(&mut self) -> Option<Batch> {
+        let batch = Batch::new(self.plan[self.cursor.position as usize].iter().map(|&i| &self.examples[i]));
+        self.cursor.position += 1;
+        if self.cursor.position == self.plan.len() as u64 {
+            self.cursor = Cursor { epoch: self.cursor.epoch + 1, position: 0 };
+            self.plan = self.plan_epoch();
+        }
+        Some(batch)
+    }
+}
