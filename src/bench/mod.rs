@@ -11,6 +11,8 @@ pub mod ops;
 pub mod peaks;
 mod run;
 pub mod shapes;
+mod timing;
+pub mod training;
 
 pub use inputs::Storage;
 pub use ops::{Case, Op};

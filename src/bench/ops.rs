@@ -204,9 +204,9 @@ impl fmt::Display for Op {
 
 /// An operation at the sizes of a real model.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Case {
+pub struct Case<O = Op> {
     /// What and how large.
-    pub op: Op,
+    pub op: O,
     /// The model with these sizes.
     pub model: &'static str,
     /// Too large for a test.

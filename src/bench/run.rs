@@ -6,6 +6,7 @@ use super::cost::{Sizes, cost};
 use super::decoding::{Decoding, normalize};
 use super::inputs::{Storage, from_elems, matrix, normals, to_elems};
 use super::ops::{Attn, MaskKind, Op};
+use super::timing;
 use crate::backend::{Backend, Buffer, In, Linear, Mask, Segment, TreeMask, WeightInfo};
 use crate::error::Result;
 use crate::perf::Cost;
@@ -462,17 +463,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
     /// # Errors
     /// The backend's.
     pub fn time(&mut self, samples: usize, batch_s: f64) -> Result<Vec<f64>> {
-        // The first call warms the machine, the next tell how many make a batch.
-        self.batch(1)?;
-        let one = self.batch(3)?.max(1e-9);
-        let calls = (batch_s / one).ceil().clamp(1.0, 1e6) as usize;
-        // Whole turns over the copies, where that is not too long: every batch is the same, so that a GPU gets all but the first
-        // two as graphs, and the host's launches are not what is timed.
-        let whole = calls.next_multiple_of(self.copies);
-        let calls = if whole as f64 * one <= 8.0 * batch_s { whole } else { calls };
-        self.batch(calls)?;
-        self.batch(calls)?;
-        (0..samples).map(|_| self.batch(calls)).collect()
+        timing::time(samples, batch_s, self.copies, |calls| self.batch(calls))
     }
 
     /// Mean seconds of `calls` calls in a row.

@@ -1,0 +1,249 @@
+//! The operations.
+
+use std::fmt;
+
+use crate::backend::{AttnSpec, Ranks, TreeMask, Update, Visible, Write};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::model::config::Activation;
+
+/// The rules of [`Visible`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum See {
+    Causal,
+    Window(usize),
+    Full,
+    Blocks(usize),
+    /// One tree of all rows in which row i hangs below row (i - 1) / 2.
+    Tree,
+}
+
+/// Attention among the rows of a pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SelfAttn {
+    /// Heads and scale.
+    pub spec: AttnSpec,
+    /// Rows of each packed sequence.
+    pub lens: &'static [usize],
+    /// Who sees whom in a sequence.
+    pub see: See,
+}
+
+impl SelfAttn {
+    /// Rows of all sequences.
+    pub fn rows(&self) -> usize {
+        self.lens.iter().sum()
+    }
+
+    /// Which rows each row sees.
+    ///
+    /// # Errors
+    /// None for the trees made here.
+    pub fn visible(&self) -> Result<Visible> {
+        Ok(match self.see {
+            See::Causal => Visible::causal(self.lens, None),
+            See::Window(w) => Visible::causal(self.lens, Some(w)),
+            See::Full => Visible::full(self.lens),
+            See::Blocks(n) => Visible::blocks(self.lens, n),
+            See::Tree => {
+                let parent = |i: u32| if i == 0 { TreeMask::ROOT } else { (i - 1) / 2 };
+                Visible::tree(&TreeMask::new(&(0..self.rows() as u32).map(parent).collect::<Vec<_>>())?)
+            }
+        })
+    }
+}
+
+/// [`Target`](crate::backend::Target) without its numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Loss {
+    Hard,
+    Soft,
+    ForwardKl,
+    ReverseKl,
+    TotalVariation,
+    TopK { k: usize, tail: bool },
+    Entropy,
+}
+
+/// A rule of optimisation and what goes with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub struct Rule {
+    pub update: Update,
+    pub reference: bool,
+    pub l1: bool,
+}
+
+/// An operation of training with its sizes. Groups of adapters are given by their rows; the part of a shrunk matrix that an
+/// operation takes is its [`Ranks`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum TrainOp {
+    SetWeight { input: usize, output: usize },
+    Copy { n: usize },
+    Zero { n: usize },
+    Axpy { n: usize },
+    SqNorm { n: usize },
+    LinearFwd { dtype: DType, rows: usize, input: usize, output: usize, bias: bool, write: Write },
+    LinearBwdX { dtype: DType, rows: usize, input: usize, output: usize, write: Write },
+    LinearBwdW { rows: usize, input: usize, output: usize },
+    ColumnSums { rows: usize, d: usize },
+    RmsNormBwd { rows: usize, d: usize, dw: bool, write: Write },
+    GluBwd { rows: usize, d: usize, act: Activation },
+    Attend(SelfAttn),
+    AttendBwd(SelfAttn),
+    ScatterRows { into: usize, rows: usize, d: usize },
+    EmbedBwd { vocab: usize, rows: usize, d: usize },
+    LoraShrink { groups: &'static [usize], input: usize, ranks: usize },
+    LoraExpand { groups: &'static [usize], output: usize, part: Ranks },
+    LoraExpandBwd { groups: &'static [usize], output: usize, part: Ranks },
+    LoraShrinkBwd { groups: &'static [usize], input: usize, ranks: usize },
+    LoraBwdB { rows: usize, output: usize, part: Ranks },
+    LoraBwdA { rows: usize, input: usize, ranks: usize },
+    LossRows { rows: usize, vocab: usize, loss: Loss },
+    SoftmaxRows { rows: usize, vocab: usize },
+    SmoothL1 { rows: usize, d: usize },
+    Optimize { n: usize, rule: Rule },
+}
+
+use TrainOp::*;
+
+impl TrainOp {
+    /// Name of the trait's method.
+    pub fn name(&self) -> &'static str {
+        match self {
+            SetWeight { .. } => "set_weight",
+            Copy { .. } => "copy",
+            Zero { .. } => "zero",
+            Axpy { .. } => "axpy",
+            SqNorm { .. } => "sq_norm",
+            LinearFwd { .. } => "linear_fwd",
+            LinearBwdX { .. } => "linear_bwd_x",
+            LinearBwdW { .. } => "linear_bwd_w",
+            ColumnSums { .. } => "column_sums",
+            RmsNormBwd { .. } => "rms_norm_bwd",
+            GluBwd { .. } => "glu_bwd",
+            Attend(_) => "attend",
+            AttendBwd(_) => "attend_bwd",
+            ScatterRows { .. } => "scatter_rows",
+            EmbedBwd { .. } => "embed_bwd",
+            LoraShrink { .. } => "lora_shrink",
+            LoraExpand { .. } => "lora_expand",
+            LoraExpandBwd { .. } => "lora_expand_bwd",
+            LoraShrinkBwd { .. } => "lora_shrink_bwd",
+            LoraBwdB { .. } => "lora_bwd_b",
+            LoraBwdA { .. } => "lora_bwd_a",
+            LossRows { .. } => "loss_rows",
+            SoftmaxRows { .. } => "softmax_rows",
+            SmoothL1 { .. } => "smooth_l1",
+            Optimize { .. } => "optimize",
+        }
+    }
+
+    /// The same with weights of another type, where there are weights.
+    pub fn with_weights(mut self, to: DType) -> Self {
+        if let LinearFwd { dtype, .. } | LinearBwdX { dtype, .. } = &mut self {
+            *dtype = to;
+        }
+        self
+    }
+
+    /// The part of attention, where there is one.
+    pub fn attn(&self) -> Option<&SelfAttn> {
+        match self {
+            Attend(a) | AttendBwd(a) => Some(a),
+            _ => None,
+        }
+    }
+
+    /// Length of the longest sum behind one output: rounding errors grow with its root.
+    pub fn reduction(&self) -> usize {
+        // Behind every exponential or quotient: a few roundings count as a short sum.
+        const FEW: usize = 9;
+        match *self {
+            SetWeight { input, .. } | LinearFwd { input, .. } | LoraShrink { input, .. } => input,
+            LinearBwdX { output, .. } | LoraExpandBwd { output, .. } => output,
+            LinearBwdW { rows, .. } | LoraBwdB { rows, .. } | LoraBwdA { rows, .. } => rows,
+            ColumnSums { rows, .. } | EmbedBwd { rows, .. } => rows,
+            LoraExpand { part, .. } => part.n,
+            LoraShrinkBwd { ranks, .. } => ranks,
+            RmsNormBwd { rows, d, .. } => FEW + rows.max(d),
+            Attend(a) => FEW + a.spec.head_dim + a.rows(),
+            AttendBwd(a) => FEW + a.spec.head_dim + a.rows() * a.spec.heads / a.spec.kv_heads,
+            LossRows { vocab, .. } | SoftmaxRows { vocab, .. } => FEW + vocab,
+            SmoothL1 { d, .. } => d,
+            SqNorm { n } => n,
+            GluBwd { .. } | Optimize { .. } => FEW,
+            Copy { .. } | Zero { .. } | Axpy { .. } | ScatterRows { .. } => 1,
+        }
+    }
+}
+
+fn sign(write: Write) -> &'static str {
+    if write == Write::Add { " +=" } else { "" }
+}
+
+fn part(p: Ranks) -> String {
+    if p == Ranks::all(p.n) { p.n.to_string() } else { format!("{}+{}/{}", p.first, p.n, p.stride) }
+}
+
+/// Rows, and how many groups share them.
+fn grouped(groups: &[usize]) -> String {
+    let (rows, n) = (groups.iter().sum::<usize>(), groups.len());
+    if n == 1 { rows.to_string() } else { format!("{rows} in {n}") }
+}
+
+/// The sizes, as a table shows them.
+impl fmt::Display for TrainOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            SetWeight { input, output } => write!(f, "{output}x{input}"),
+            Copy { n } | Zero { n } | Axpy { n } | SqNorm { n } => write!(f, "{n}"),
+            LinearFwd { dtype, rows, input, output, bias, write } => {
+                let bias = if bias { " bias" } else { "" };
+                write!(f, "{dtype} {rows}x{input}>{output}{bias}{}", sign(write))
+            }
+            LinearBwdX { dtype, rows, input, output, write } => {
+                write!(f, "{dtype} {rows}x{input}<{output}{}", sign(write))
+            }
+            LinearBwdW { rows, input, output } => write!(f, "{output}x{input} of {rows}"),
+            ColumnSums { rows, d } | SmoothL1 { rows, d } => write!(f, "{rows}x{d}"),
+            RmsNormBwd { rows, d, dw, write } => {
+                write!(f, "{rows}x{d}{}{}", if dw { " dw" } else { "" }, sign(write))
+            }
+            GluBwd { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),
+            Attend(a) | AttendBwd(a) => {
+                let s = a.spec;
+                write!(f, "{}/{}x{} {:?}", s.heads, s.kv_heads, s.head_dim, a.see)?;
+                a.lens.iter().try_for_each(|n| write!(f, " {n}"))
+            }
+            ScatterRows { into, rows, d } => write!(f, "{rows} into {into}x{d}"),
+            EmbedBwd { vocab, rows, d } => write!(f, "{rows} into {vocab}x{d}"),
+            LoraShrink { groups, input, ranks } => write!(f, "{}x{input}>{ranks}", grouped(groups)),
+            LoraExpand { groups, output, part: p } => write!(f, "{}x{}>{output}", grouped(groups), part(p)),
+            LoraExpandBwd { groups, output, part: p } => write!(f, "{}x{}<{output}", grouped(groups), part(p)),
+            LoraShrinkBwd { groups, input, ranks } => write!(f, "{}x{input}<{ranks}", grouped(groups)),
+            LoraBwdB { rows, output, part: p } => write!(f, "{output}x{} of {rows}", part(p)),
+            LoraBwdA { rows, input, ranks } => write!(f, "{ranks}x{input} of {rows}"),
+            LossRows { rows, vocab, loss: Loss::TopK { k, tail } } => {
+                write!(f, "Top{k}{} {rows}x{vocab}", if tail { "+tail" } else { "" })
+            }
+            LossRows { rows, vocab, loss } => write!(f, "{loss:?} {rows}x{vocab}"),
+            SoftmaxRows { rows, vocab } => write!(f, "{rows}x{vocab}"),
+            Optimize { n, rule } => {
+                let name = match rule.update {
+                    Update::Sgd => "Sgd",
+                    Update::Momentum { .. } => "Momentum",
+                    Update::AdamW { .. } => "AdamW",
+                    Update::Optimistic => "Optimistic",
+                    Update::OptimisticAdam { .. } => "OptimisticAdam",
+                };
+                let (l1, reference) =
+                    (if rule.l1 { " l1" } else { "" }, if rule.reference { " reference" } else { "" });
+                write!(f, "{name}{l1}{reference} {n}")
+            }
+        }
+    }
+}
