@@ -1,11 +1,16 @@
-//! Training: what surrounds the numbers. Data, schedule, checkpoints, the curve of the loss.
+//! Training: data, objectives, optimisers and their schedule, the trainer, checkpoints, the curve of the loss.
 
 pub mod checkpoint;
 pub mod curve;
 pub mod data;
+pub mod objective;
+pub mod optim;
 pub mod schedule;
+mod trainer;
 
 pub use checkpoint::Checkpoint;
 pub use curve::Curve;
 pub use data::{Batch, Batches, Cursor, Example, Packing};
+pub use optim::{Optimizer, Settings};
 pub use schedule::Schedule;
+pub use trainer::{Report, Trainable, Trainer};

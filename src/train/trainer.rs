@@ -1,0 +1,239 @@
+//! [`Trainer`]: a model, what of it trains, an optimiser, and the room for passes.
+
+use std::ops::Range;
+
+use super::optim::{Optimizer, Settings, Stepped};
+use super::{Batch, Checkpoint, Cursor};
+use crate::backend::{Buffer, Target, Train};
+use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved};
+
+/// Rows of logits that exist at a time.
+const TILE: usize = 64;
+
+/// What a run changes.
+pub enum Trainable<B: Train> {
+    /// A LoRA adapter; the model's weights stay.
+    Adapter(Adapter<B>),
+    /// The model's own weights.
+    Full(Full<B>),
+}
+
+impl<B: Train> Trainable<B> {
+    /// Every tensor, in a fixed order.
+    pub fn params(&self) -> Box<dyn Iterator<Item = &Param<B>> + '_> {
+        match self {
+            Trainable::Adapter(a) => Box::new(a.params()),
+            Trainable::Full(f) => Box::new(f.params().map(|(_, p)| p)),
+        }
+    }
+
+    fn params_mut(&mut self) -> Box<dyn Iterator<Item = &mut Param<B>> + '_> {
+        match self {
+            Trainable::Adapter(a) => Box::new(a.params_mut()),
+            Trainable::Full(f) => Box::new(f.params_mut()),
+        }
+    }
+
+    fn adapter(&self) -> Option<&Adapter<B>> {
+        match self {
+            Trainable::Adapter(a) => Some(a),
+            Trainable::Full(_) => None,
+        }
+    }
+}
+
+/// What one step of training did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Mean loss over the labels, before the step, nats.
+    pub loss: f64,
+    /// Tokens that went through the model.
+    pub tokens: usize,
+    /// Tokens that were learnt.
+    pub labels: usize,
+    /// The optimiser's part.
+    pub stepped: Stepped,
+}
+
+/// A model that trains.
+pub struct Trainer<B: Train> {
+    model: Model<B>,
+    trainable: Trainable<B>,
+    optimizer: Optimizer<B>,
+    saved: Saved<B>,
+    head: Head<B>,
+}
+
+impl<B: Train> Trainer<B> {
+    /// Passes of up to `rows` tokens. An adapter trains where it has gradients ([`Adapter::train`]).
+    ///
+    /// # Errors
+    /// Impossible settings; no memory.
+    pub fn new(
+        model: Model<B>,
+        trainable: Trainable<B>,
+        settings: Settings,
+        rows: usize,
+        recompute: Recompute,
+    ) -> Result<Self> {
+        let be = model.backend();
+        let lowest = match &trainable {
+            Trainable::Adapter(a) => a.lowest().unwrap_or(0),
+            Trainable::Full(_) => 0,
+        };
+        let optimizer = Optimizer::new(be, settings, trainable.params())?;
+        let saved = Saved::new(be, model.config(), rows, rows, trainable.adapter(), lowest, recompute)?;
+        let head = Head::new(&model, rows, TILE)?;
+        Ok(Self { model, trainable, optimizer, saved, head })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model<B> {
+        &self.model
+    }
+
+    /// What trains.
+    pub fn trainable(&self) -> &Trainable<B> {
+        &self.trainable
+    }
+
+    /// The model and what was trained.
+    pub fn into_parts(self) -> (Model<B>, Trainable<B>) {
+        (self.model, self.trainable)
+    }
+
+    /// Steps done.
+    pub fn steps(&self) -> u64 {
+        self.optimizer.steps()
+    }
+
+    /// The losses of a pass's wanted rows; adds the gradient of their sum, each times its weight, where `grad`.
+    ///
+    /// # Errors
+    /// A pass larger than planned; the device's errors.
+    pub fn accumulate<'t>(
+        &mut self,
+        pass: &Pass,
+        target: impl Fn(Range<usize>) -> Target<'t, B>,
+        weights: &[f32],
+        grad: bool,
+    ) -> Result<Vec<f64>> {
+        let Self { model, trainable, saved, head, .. } = self;
+        model.forward_saved(pass, trainable.adapter(), saved)?;
+        let (adapter, mut full) = match trainable {
+            Trainable::Adapter(a) => (Some(a), None),
+            Trainable::Full(f) => (None, Some(f)),
+        };
+        let losses = model.head(pass, saved, head, target, weights, grad, full.as_deref_mut())?;
+        if grad {
+            model.backward(pass, saved, head, adapter, full)?;
+        }
+        Ok(losses)
+    }
+
+    /// Moves the weights by the gradients accumulated since the last time.
+    ///
+    /// # Errors
+    /// `Diverged` where they are not finite; nothing has changed then.
+    pub fn update(&mut self) -> Result<Stepped> {
+        let be = self.model.backend();
+        let stepped = self.optimizer.step(be, self.trainable.params_mut())?;
+        if let Trainable::Full(full) = &self.trainable {
+            self.model.refresh(full)?;
+        }
+        Ok(stepped)
+    }
+
+    /// One step on the cross-entropy of `batches` together: the mean over all their labels, however they are divided.
+    ///
+    /// # Errors
+    /// `Diverged` where loss or gradient is not finite: no weight has changed then.
+    pub fn step(&mut self, batches: &[Batch]) -> Result<Report> {
+        let labels: usize = batches.iter().map(|b| b.labels.len()).sum();
+        ensure!(labels > 0, Usage, "a step without a token to learn");
+        let (mut loss, mut tokens) = (0.0, 0);
+        for batch in batches {
+            loss += self.cross_entropy(batch, 1.0 / labels as f32, true)?;
+            tokens += batch.tokens.len();
+        }
+        loss /= labels as f64;
+        if !loss.is_finite() {
+            self.clear()?;
+            bail!(Diverged, "step {}: the loss is {loss}; lower the learning rate", self.steps() + 1);
+        }
+        let stepped = self.update()?;
+        Ok(Report { loss, tokens, labels, stepped })
+    }
+
+    /// Mean cross-entropy over the labels of `batches`, nats; nothing is learnt.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn evaluate<'b>(&mut self, batches: impl IntoIterator<Item = &'b Batch>) -> Result<f64> {
+        let (mut loss, mut labels) = (0.0, 0);
+        for batch in batches {
+            loss += self.cross_entropy(batch, 0.0, false)?;
+            labels += batch.labels.len();
+        }
+        Ok(loss / labels.max(1) as f64)
+    }
+
+    /// Summed loss over the labels of one batch.
+    fn cross_entropy(&mut self, batch: &Batch, weight: f32, grad: bool) -> Result<f64> {
+        let (rows, ids): (Vec<u32>, Vec<u32>) = batch.labels.iter().copied().unzip();
+        let pass = Pass::causal(self.model.config(), batch.tokens.clone(), &batch.lens, rows)?;
+        let weights = vec![weight; ids.len()];
+        let losses = self.accumulate(&pass, |r| Target::Hard(&ids[r]), &weights, grad)?;
+        Ok(losses.iter().sum())
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        let be = self.model.backend();
+        for p in self.trainable.params_mut() {
+            let n = p.len();
+            if let Some(g) = &mut p.g {
+                be.zero(g.head_mut(n))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All that the run needs to go on: the caller knows the data's place and the settings.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn checkpoint(&self, cursor: Cursor, seed: u64, tokens: u64, config: serde_json::Value) -> Result<Checkpoint> {
+        let be = self.model.backend();
+        let mut tensors = Vec::new();
+        for p in self.trainable.params() {
+            tensors.push((p.name.clone(), p.shape.to_vec(), p.to_host(be)?));
+        }
+        tensors.extend(self.optimizer.to_host(be, self.trainable.params())?);
+        Ok(Checkpoint { step: self.steps(), cursor, seed, tokens, config, tensors })
+    }
+
+    /// Goes on from a checkpoint, to the last bit where the device keeps f32.
+    ///
+    /// # Errors
+    /// A tensor that the checkpoint lacks or has in another size.
+    pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
+        let find = |name: &str, n: usize| -> Result<&[f32]> {
+            let found = from.tensors.iter().find(|t| t.0 == name).map(|t| &t.2[..]);
+            let missing = || Error::new(ErrorKind::Weights, format!("the checkpoint has no tensor {name}"));
+            let values = found.ok_or_else(missing)?;
+            ensure!(values.len() == n, Weights, "{name} has {} values in the checkpoint, {n} here", values.len());
+            Ok(values)
+        };
+        let be = self.model.backend();
+        for p in self.trainable.params_mut() {
+            let n = p.len();
+            be.upload_acc(p.w.head_mut(n), find(&p.name, n)?)?;
+        }
+        self.optimizer.restore(be, self.trainable.params(), from.step, find).context(|| "optimiser".into())?;
+        if let Trainable::Full(full) = &self.trainable {
+            self.model.refresh(full)?;
+        }
+        Ok(())
+    }
+}
