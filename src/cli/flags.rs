@@ -28,6 +28,9 @@ pub(super) struct Common {
     /// Model: a registered name, a GGUF file, a Hugging Face folder, or a wheel or zip that holds a GGUF.
     #[arg(long, short, global = true, default_value = super::registry::DEFAULT)]
     pub model: String,
+    /// A LoRA adapter on top of the model: a PEFT folder.
+    #[arg(long, global = true)]
+    pub adapter: Option<PathBuf>,
     /// Where to run; auto takes a usable GPU, else the CPU. naive is the f64 specification, for tiny models.
     #[arg(long, global = true, value_enum, default_value = "auto")]
     pub device: DeviceFlag,
@@ -91,12 +94,25 @@ pub(super) enum Command {
     /// Measure speed.
     #[command(subcommand)]
     Bench(Bench),
+    /// Train on JSONL or text.
+    #[command(subcommand)]
+    Train(Train),
 }
 
 #[derive(Subcommand)]
 pub(super) enum Eval {
     /// Perplexity of a text file.
     Ppl(PplArgs),
+    /// Share of tasks in which the right label is the likeliest, or the answer is the right one.
+    Accuracy(AccuracyArgs),
+}
+
+#[derive(Subcommand)]
+pub(super) enum Train {
+    /// A low-rank adapter on frozen weights, quantised ones too; result: OUT/adapter, a PEFT folder.
+    Lora(LoraArgs),
+    /// All weights of a Hugging Face folder; result: OUT/model, such a folder.
+    Full(TrainArgs),
 }
 
 #[derive(Subcommand)]
@@ -265,6 +281,133 @@ pub(super) struct BenchKernelsArgs {
     pub samples: usize,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum AccuracyBy {
+    /// The likeliest of the file's labels behind the prompt.
+    Label,
+    /// What the model says, greedily: what stands behind its last ####, or all of it, must be the answer's.
+    Generate,
+}
+
+#[derive(Args)]
+pub(super) struct AccuracyArgs {
+    /// A .jsonl or .jsonl.gz of tasks: prompt and completion, question and answer, or input and label; rows of `--split` where rows
+    /// name theirs.
+    pub file: PathBuf,
+    /// Which rows.
+    #[arg(long, default_value = "test")]
+    pub split: String,
+    /// How an answer is found.
+    #[arg(long, value_enum, default_value = "label")]
+    pub by: AccuracyBy,
+    /// At most so many rows; 0: all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Most new tokens of an answer.
+    #[arg(long, default_value_t = 256)]
+    pub max_tokens: usize,
+    /// Prompts as turns of the model's chat form.
+    #[arg(long)]
+    pub chat: bool,
+}
+
+#[derive(Args)]
+pub(super) struct LoraArgs {
+    /// Columns of B.
+    #[arg(long)]
+    pub rank: Option<usize>,
+    /// The update is scaled by alpha / rank.
+    #[arg(long)]
+    pub alpha: Option<f32>,
+    /// Scale by alpha / sqrt(rank) instead.
+    #[arg(long)]
+    pub rslora: bool,
+    /// Which linears: q,k,v,o,gate,up,down.
+    #[arg(long, value_delimiter = ',')]
+    pub targets: Option<Vec<String>>,
+    /// Only so many of the upper layers; the backward pass ends there.
+    #[arg(long)]
+    pub top_layers: Option<usize>,
+    #[command(flatten)]
+    pub train: TrainArgs,
+}
+
+#[derive(Args)]
+pub(super) struct TrainArgs {
+    /// Training data: .jsonl or .jsonl.gz with text, prompt and completion, or messages; or a text file.
+    #[arg(long, required_unless_present = "config")]
+    pub data: Option<PathBuf>,
+    /// Data to measure on, never trained on.
+    #[arg(long)]
+    pub held_out: Option<PathBuf>,
+    /// Folder of the results, checkpoints and the curve.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Settings as an earlier run wrote them (OUT/run.json); flags override them.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// Go on from the newest checkpoint in OUT.
+    #[arg(long)]
+    pub resume: bool,
+    /// Steps; default: as many as the epochs make.
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Times that the data is seen.
+    #[arg(long)]
+    pub epochs: Option<f64>,
+    /// Stop after so many minutes.
+    #[arg(long)]
+    pub minutes: Option<f64>,
+    /// Most tokens in a pass, in packed sequences.
+    #[arg(long)]
+    pub batch_tokens: Option<usize>,
+    /// Passes that make a step.
+    #[arg(long)]
+    pub accumulate: Option<usize>,
+    /// Learning rate.
+    #[arg(long)]
+    pub lr: Option<f32>,
+    /// adamw, sgd, momentum, optimistic, optimistic-adam.
+    #[arg(long)]
+    pub optimizer: Option<String>,
+    /// Decoupled weight decay.
+    #[arg(long)]
+    pub weight_decay: Option<f32>,
+    /// Longest gradient; 0: any.
+    #[arg(long)]
+    pub clip: Option<f32>,
+    /// constant, linear or cosine.
+    #[arg(long)]
+    pub schedule: Option<String>,
+    /// Steps until the full learning rate.
+    #[arg(long)]
+    pub warmup: Option<u64>,
+    /// Steps between checkpoints; 0: one at the end.
+    #[arg(long)]
+    pub save_every: Option<u64>,
+    /// Checkpoints that stay.
+    #[arg(long)]
+    pub keep: Option<usize>,
+    /// Steps between measurements on held-out data; 0: first and last.
+    #[arg(long)]
+    pub eval_every: Option<u64>,
+    /// Most tokens of an example; windows of a text file.
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Longer rows: error, truncate or skip.
+    #[arg(long)]
+    pub long_rows: Option<String>,
+    /// Prompts and completions as turns of the model's chat form.
+    #[arg(long)]
+    pub chat: bool,
+    /// At most so many examples.
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// What the backward pass computes again: nothing, pointwise or layer.
+    #[arg(long)]
+    pub recompute: Option<String>,
+}
+
 /// The type that `--weights` names.
 pub(super) fn weights_type(name: &str) -> Result<DType> {
     let found = DType::ALL.into_iter().find(|d| d.to_string().eq_ignore_ascii_case(name));
@@ -319,6 +462,9 @@ impl Common {
             .threads(self.threads)
             .compute(self.compute())
             .without_graphs(self.no_graphs);
+        if let Some(folder) = &self.adapter {
+            o = o.adapter(folder);
+        }
         if let Some(t) = self.tier() {
             o = o.tier(t);
         }

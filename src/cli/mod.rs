@@ -1,5 +1,6 @@
 //! The command line: verbs, flags, exit codes. Text goes to stdout, everything about it to stderr.
 
+mod accuracy;
 mod bench_decode;
 mod bench_kernels;
 mod chat;
@@ -11,13 +12,14 @@ mod generate;
 mod inspect;
 mod out;
 pub mod registry;
+mod train;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use crate::error::{Error, Result};
-use flags::{Bench, Cli, Command, Eval};
+use flags::{Bench, Cli, Command, Eval, Train};
 
 /// Parses the arguments, runs the verb and says how it went: 0 done, 1 a negative result, 2 an error. A broken pipe is
 /// success: whoever read our output had enough.
@@ -56,6 +58,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Generate(a) => generate::run(common, a),
         Command::Chat(a) => chat::run(common, a),
         Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
+        Command::Eval(Eval::Accuracy(a)) => accuracy::run(common, a),
+        Command::Train(Train::Lora(a)) => train::lora(common, a),
+        Command::Train(Train::Full(a)) => train::full(common, a),
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
     }?;

@@ -14,22 +14,26 @@
 //! # }
 //! ```
 
+mod accuracy;
 mod erased;
 mod session;
 mod texts;
+mod training;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use accuracy::{Accuracy, LabelTask, label_accuracy};
 pub use erased::Decode;
 pub use session::{Finish, Generate, Generation, Piece, Session};
 pub use texts::Texts;
+pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
 
-use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::naive::Naive;
+use crate::backend::{Backend, Train};
 use crate::error::{Context, Error, ErrorKind, Result, bail};
 pub use crate::format::Message;
 use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
@@ -62,6 +66,7 @@ pub struct EngineOptions {
     compute: Compute,
     tier: Option<Tier>,
     without_graphs: bool,
+    adapter: Option<PathBuf>,
     progress: Option<Progress>,
 }
 
@@ -94,6 +99,22 @@ impl EngineOptions {
     pub fn without_graphs(mut self, yes: bool) -> Self {
         self.without_graphs = yes;
         self
+    }
+
+    /// Adds the LoRA adapter in this PEFT folder to the weights as they are loaded: what it touches becomes F32.
+    pub fn adapter(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.adapter = Some(folder.into());
+        self
+    }
+
+    fn cpu(&self) -> Result<Cpu> {
+        let threads = if self.threads == 0 { default_threads() } else { self.threads };
+        let best = Tier::detect();
+        let tier = self.tier.unwrap_or(best);
+        if tier > best {
+            bail!(Unsupported, "this machine has {best} instructions; {tier} was asked for");
+        }
+        Ok(Cpu::with(threads, tier, self.compute))
     }
 
     /// Hears how loading goes.
@@ -132,7 +153,10 @@ impl Engine {
         let checkpoint = Checkpoint::open(path)?;
         let (text, model) = std::thread::scope(|s| {
             let text = s.spawn(|| (checkpoint.tokenizer(), checkpoint.chat_template()));
-            let model = Self::load(&checkpoint, &options);
+            let model = match &options.adapter {
+                Some(folder) => Merged::new(&checkpoint, folder).and_then(|m| Self::load(&m, &options)),
+                None => Self::load(&checkpoint, &options),
+            };
             (text.join(), model)
         });
         let (tokenizer, template) = text.unwrap_or_else(|p| std::panic::resume_unwind(p));
@@ -171,19 +195,12 @@ impl Engine {
             let name = format!("cuda ({})", gpu.name());
             return Ok((on(gpu, source, options)?, name, 0));
         }
-        match options.device {
-            Device::Naive => Ok((on(Naive, source, options)?, "naive (f64)".into(), 1)),
-            _ => {
-                let threads = if options.threads == 0 { default_threads() } else { options.threads };
-                let best = Tier::detect();
-                let tier = options.tier.unwrap_or(best);
-                if tier > best {
-                    bail!(Unsupported, "this machine has {best} instructions; {tier} was asked for");
-                }
-                let model = on(Cpu::with(threads, tier, options.compute), source, options)?;
-                Ok((model, format!("cpu ({tier}, {threads} threads)"), threads))
-            }
+        if options.device == Device::Naive {
+            return Ok((on(Naive, source, options)?, "naive (f64)".into(), 1));
         }
+        let cpu = options.cpu()?;
+        let (tier, threads) = (cpu.tier(), cpu.pool().threads());
+        Ok((on(cpu, source, options)?, format!("cpu ({tier}, {threads} threads)"), threads))
     }
 
     /// The model's configuration.
@@ -254,6 +271,20 @@ impl Engine {
     /// Bytes of matrices that one decoded token reads.
     pub fn bytes_per_token(&self) -> usize {
         self.0.model.bytes_per_token()
+    }
+}
+
+/// Something that trains, on whatever device.
+trait OnDevice {
+    type Out;
+    fn run<B: Train>(self, be: B, options: &EngineOptions) -> Result<Self::Out>;
+}
+
+fn on_device<J: OnDevice>(options: EngineOptions, job: J) -> Result<J::Out> {
+    match options.device {
+        Device::Cuda => bail!(Unsupported, "training runs on the CPU only so far; use --device cpu"),
+        Device::Naive => job.run(Naive, &options),
+        Device::Auto | Device::Cpu => job.run(options.cpu()?, &options),
     }
 }
 

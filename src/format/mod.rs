@@ -25,6 +25,7 @@ pub mod safetensors;
 pub mod tokenizer;
 mod tokenizer_gguf;
 mod tokenizer_json;
+pub mod write_model;
 
 pub use chat_template::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;

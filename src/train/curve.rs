@@ -3,11 +3,13 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::files::write_file;
 
 /// One training step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// Steps done, this one included.
     pub step: u64,
@@ -20,7 +22,7 @@ pub struct Point {
 }
 
 /// What a run recorded, in the order of steps.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Curve {
     /// One for each step.
     pub points: Vec<Point>,

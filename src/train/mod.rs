@@ -5,6 +5,7 @@ pub mod curve;
 pub mod data;
 pub mod objective;
 pub mod optim;
+pub mod run;
 pub mod schedule;
 mod trainer;
 
@@ -12,5 +13,6 @@ pub use checkpoint::Checkpoint;
 pub use curve::Curve;
 pub use data::{Batch, Batches, Cursor, Example, Packing};
 pub use optim::{Optimizer, Settings};
+pub use run::Plan;
 pub use schedule::Schedule;
 pub use trainer::{Report, Trainable, Trainer};

@@ -1,0 +1,129 @@
+//! `quadriga train`.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::flags::{Common, LoraArgs, TrainArgs};
+use super::out;
+use crate::engine::{Lora, Method, TrainRun};
+use crate::error::{Context, Error, ErrorKind, Result, bail};
+use crate::train::run::Event;
+
+pub(super) fn lora(common: &Common, args: &LoraArgs) -> Result<()> {
+    let mut run = settings(&args.train, common, || Method::Lora(Lora::default()))?;
+    let Method::Lora(lora) = &mut run.method else {
+        bail!(Usage, "--config is of a run of all weights; it belongs to `train full`");
+    };
+    set(&mut lora.rank, &args.rank);
+    set(&mut lora.alpha, &args.alpha);
+    set(&mut lora.targets, &args.targets);
+    set(&mut lora.top_layers, &args.top_layers);
+    lora.rank_stabilized |= args.rslora;
+    start(common, &args.train, &run, "adapter")
+}
+
+pub(super) fn full(common: &Common, args: &TrainArgs) -> Result<()> {
+    let run = settings(args, common, || Method::Full)?;
+    if run.method != Method::Full {
+        bail!(Usage, "--config is of a LoRA run; it belongs to `train lora`");
+    }
+    start(common, args, &run, "model")
+}
+
+fn set<T: Clone>(to: &mut T, flag: &Option<T>) {
+    if let Some(x) = flag {
+        to.clone_from(x);
+    }
+}
+
+/// A word as the setting that it names in `run.json`.
+fn named<T: DeserializeOwned>(flag: &str, word: &Option<String>, to: &mut T) -> Result<()> {
+    if let Some(word) = word {
+        let parsed = T::deserialize(serde_json::Value::from(word.as_str()));
+        *to = parsed.map_err(|e| Error::new(ErrorKind::Usage, format!("{flag} {word}: {e}")))?;
+    }
+    Ok(())
+}
+
+fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> Result<TrainRun> {
+    let mut run = match &a.config {
+        Some(path) => {
+            let text = std::fs::read(path).map_err(|e| Error::io(path.display(), e))?;
+            let parsed = serde_json::from_slice(&text);
+            parsed.map_err(|e| Error::new(ErrorKind::Usage, e.to_string())).context(|| path.display().to_string())?
+        }
+        None => {
+            let mut run = json!({"method": method(), "data": a.data});
+            run["plan"] = json!({"seed": common.seed});
+            serde_json::from_value::<TrainRun>(run)
+                .map_err(|e| Error::with_source(ErrorKind::Usage, "settings of the run", e))?
+        }
+    };
+    set(&mut run.data, &a.data);
+    if a.held_out.is_some() {
+        run.held_out.clone_from(&a.held_out);
+    }
+    let (plan, reading, optimizer) = (&mut run.plan, &mut run.reading, &mut run.optimizer);
+    set(&mut plan.steps, &a.steps);
+    set(&mut plan.epochs, &a.epochs);
+    set(&mut plan.minutes, &a.minutes);
+    set(&mut plan.batch_tokens, &a.batch_tokens);
+    set(&mut plan.accumulate, &a.accumulate);
+    set(&mut plan.save_every, &a.save_every);
+    set(&mut plan.keep, &a.keep);
+    set(&mut plan.eval_every, &a.eval_every);
+    set(&mut reading.max_length, &a.max_length);
+    set(&mut reading.long_rows, &a.long_rows);
+    set(&mut reading.limit, &a.limit);
+    reading.chat |= a.chat;
+    named("--optimizer", &a.optimizer, &mut optimizer.kind)?;
+    named("--schedule", &a.schedule, &mut optimizer.schedule.kind)?;
+    set(&mut optimizer.lr, &a.lr);
+    set(&mut optimizer.weight_decay, &a.weight_decay);
+    set(&mut optimizer.clip, &a.clip);
+    set(&mut optimizer.schedule.warmup, &a.warmup);
+    set(&mut run.recompute, &a.recompute);
+    Ok(run)
+}
+
+fn start(common: &Common, args: &TrainArgs, run: &TrainRun, result: &str) -> Result<()> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(250));
+    // Smoothed, so that people can read it.
+    let (mut loss, mut speed) = (f64::NAN, f64::NAN);
+    let smooth = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
+    let mut on = |event: Event| match event {
+        Event::Step(step, total, report, seconds) => {
+            loss = smooth(loss, report.loss);
+            speed = smooth(speed, report.tokens as f64 / seconds);
+            bar.set_length(total);
+            bar.set_position(step);
+            bar.set_message(format!("loss {loss:.3}, {speed:.0} tok/s"));
+            tracing::info!("step {step} of {total}: loss {:.4}, gradient {:.3}", report.loss, report.stepped.grad_norm);
+        }
+        Event::HeldOut(step, loss) => bar.suspend(|| eprintln!("[step {step}: held-out loss {loss:.4}]")),
+        Event::Saved(step) => tracing::info!("checkpoint of step {step}"),
+    };
+    let outcome = run.start(&common.path()?, &args.out, args.resume, common.options()?, &mut on);
+    bar.finish_and_clear();
+    let o = outcome?;
+    let (speed, place) = (o.new_tokens as f64 / o.seconds.max(1e-9), args.out.join(result));
+    if common.json {
+        return out::print_json(&json!({
+            "model": common.model, "out": args.out, "result": place, "steps": o.steps, "tokens": o.tokens, "loss": o.loss,
+            "held_out_before": o.held_out.map(|h| h[0]), "held_out_after": o.held_out.map(|h| h[1]),
+            "seconds": out::round(o.seconds, 3), "tokens_per_s": out::round(speed, 1), "peak_rss_mb": out::peak_rss_mb(),
+        }));
+    }
+    out::print(&format!("{}: {} steps, loss {:.4}\n", place.display(), o.steps, o.loss))?;
+    if let Some([before, after]) = o.held_out {
+        out::print(&format!("held-out loss {before:.4} before, {after:.4} after\n"))?;
+    }
+    eprintln!("[{speed:.0} tok/s; curve in {}]", args.out.join("loss.svg").display());
+    Ok(())
+}
