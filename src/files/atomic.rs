@@ -246,14 +246,19 @@ mod tests {
         let folder = dir.path().join("f");
         put(&folder, "first").unwrap();
         for _ in 0..12 {
+            let before = get(&folder);
             let mut child =
                 child("", "a_writer_killed_at_any_moment_leaves_a_whole_folder", dir.path()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(20 + rng.below(80) as u64));
+            // Until it writes; then for a moment more.
+            while fs::read_to_string(folder.join("a")).is_ok_and(|now| now == before) {
+                assert!(child.try_wait().unwrap().is_none(), "the writer ended by itself");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_micros(rng.below(20_000) as u64));
             child.kill().unwrap();
             child.wait().unwrap();
-            get(&folder);
+            assert_ne!(get(&folder), before);
         }
-        assert_ne!(get(&folder), "first");
         // The moment between the renames, made by hand.
         put(&folder, "last").unwrap();
         fs::rename(&folder, dir.path().join("f.old")).unwrap();
