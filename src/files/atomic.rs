@@ -137,7 +137,6 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::Rng;
     use std::process::{Command, Stdio};
     use std::time::Duration;
 
@@ -242,18 +241,23 @@ mod tests {
                 put(&Path::new(&dir).join("f"), &format!("{i},")).unwrap();
             }
         }
-        let (dir, mut rng) = (tempfile::tempdir().unwrap(), Rng::new(1));
+        let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("f");
         put(&folder, "first").unwrap();
-        for _ in 0..12 {
+        for i in 0..12 {
+            let before = get(&folder);
             let mut child =
                 child("", "a_writer_killed_at_any_moment_leaves_a_whole_folder", dir.path()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(20 + rng.below(80) as u64));
+            // Until it writes; then for a moment more.
+            while fs::read_to_string(folder.join("a")).is_ok_and(|now| now == before) {
+                assert!(child.try_wait().unwrap().is_none(), "the writer ended by itself");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_micros(1700 * i));
             child.kill().unwrap();
             child.wait().unwrap();
-            get(&folder);
+            assert_ne!(get(&folder), before);
         }
-        assert_ne!(get(&folder), "first");
         // The moment between the renames, made by hand.
         put(&folder, "last").unwrap();
         fs::rename(&folder, dir.path().join("f.old")).unwrap();

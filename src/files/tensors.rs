@@ -173,7 +173,6 @@ fn read_tensors(mut file: Hashing<impl Read>, size: u64) -> Result<(Vec<F32Tenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::Rng;
 
     fn sample() -> Vec<F32Tensor> {
         let odd = vec![f32::MIN_POSITIVE / 8.0, -0.0, f32::from_bits(0x7FC0_1234), f32::INFINITY, 1.0 / 3.0, -7.5];
@@ -225,18 +224,17 @@ mod tests {
 
     #[test]
     fn damage_is_an_error_never_a_panic() {
-        let (file, mut rng) = (bytes(&sample()), Rng::new(5));
+        let file = bytes(&sample());
         for cut in 0..file.len() {
             assert!(read(&file[..cut]).is_err(), "cut at {cut}");
         }
         assert!(read(&[&file[..], b"x"].concat()).is_err());
-        for _ in 0..3000 {
-            let mut f = file.clone();
-            for _ in 0..1 + rng.below(3) {
-                let at = rng.below(file.len());
-                f[at] = rng.next_u32() as u8;
+        for at in 0..file.len() {
+            for byte in [0, b' ', b'"', b',', b'0', b'9', b'[', b'}', 0xFF] {
+                let mut f = file.clone();
+                f[at] = byte;
+                let _ = read(&f);
             }
-            let _ = read(&f);
         }
         let huge = br#"{"t":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,18446744073709551615]}}"#;
         let mut f = (huge.len() as u64).to_le_bytes().to_vec();

@@ -359,6 +359,3 @@ fn matrix(file: &Shards, name: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
     ensure!(values.iter().all(|x| x.is_finite()), Weights, "tensor {name:?}: not all values are finite");
     Ok(values)
 }
-
-#[cfg(test)]
-mod tests;

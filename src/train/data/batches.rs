@@ -56,7 +56,7 @@ impl Batch {
 }
 
 /// Divides sequences of lengths `lens`, taken in `order`, into batches: each goes to the first open batch with room for it.
-/// At most [`OPEN`] are open at a time; then the oldest is closed. Returns indices, batch by batch.
+/// At most 16 are open at a time; then the oldest is closed. Returns indices, batch by batch.
 ///
 /// # Panics
 /// If one is longer than a batch.

@@ -4,8 +4,9 @@ use std::io::Write;
 
 /// One token a character, except that "ab" is one; 1 before a text, 2 and 3 end one.
 struct Toy {
-    /// What comes before each turn and behind it, and whether earlier assistant turns vanish once others follow.
+    /// Earlier answers vanish once other turns follow.
     forgets: bool,
+    ends: &'static [u32],
 }
 
 impl Encode for Toy {
@@ -36,11 +37,11 @@ impl Encode for Toy {
     }
 
     fn ends(&self) -> &[u32] {
-        &[2, 3]
+        self.ends
     }
 }
 
-const TOY: Toy = Toy { forgets: false };
+const TOY: Toy = Toy { forgets: false, ends: &[2, 3] };
 
 /// Tokens as text, and the labels among them.
 fn shown(e: &Example) -> (String, String) {
@@ -90,13 +91,18 @@ fn of_a_conversation_the_assistants_turns_are_learnt() {
     // An end token in the answer does not hide what follows it.
     assert_eq!(one(&row(&[u("q"), a("x$y")]), &options).1, "x$y#");
 
+    // Without end tokens there is nothing to tell where the turn ends, so all of it is learnt.
+    let record = Record::parse(&row(&[u("q"), a("x"), u("r")]), 1).unwrap().unwrap();
+    let endless = example(&record, &Toy { ends: &[], ..TOY }, &options).unwrap();
+    assert_eq!(shown(&endless).1, "x#\n");
+
     let fails = |row: &str, toy: &Toy| {
         let record = Record::parse(row, 1).unwrap().unwrap();
         example(&record, toy, &options).unwrap_err().to_string()
     };
     assert!(fails(&row(&[u("q")]), &TOY).contains("no message of the role"));
     assert!(fails(&row(&[a("q")]), &TOY).contains("the user speaks first"));
-    let e = fails(&long, &Toy { forgets: true });
+    let e = fails(&long, &Toy { forgets: true, ..TOY });
     assert!(e.contains("changes earlier turns once message 5 (assistant) follows"), "{e}");
 }
 

@@ -1,12 +1,23 @@
-use super::*;
-use crate::model::config::Family;
-use crate::rng::Rng;
-use half::{bf16, f16};
+//! LoRA adapters in PEFT's folders: what is written is read, a folder written by hand is read, and whatever is wrong is named.
+
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use quadriga::Result;
+use quadriga::format::peft::{PeftAdapter, PeftTensor};
+use quadriga::model::config::{Family, ModelConfig};
+use quadriga::model::roles::{LayerRole, Role};
+use quadriga::rng::Rng;
+use serde_json::{Value, json};
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
 
 fn model() -> ModelConfig {
-    ModelConfig { kv_heads: 1, ..ModelConfig::base(Family::Llama, 32, 8, 12, 2, 12) }.validate().unwrap()
+    let mut c = ModelConfig::base(Family::Llama, 32, 8, 12, 2, 12);
+    c.kv_heads = 1;
+    c.validate().unwrap()
 }
 
 fn random(n: usize, rng: &mut Rng) -> Vec<f32> {
