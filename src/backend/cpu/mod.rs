@@ -3,6 +3,7 @@
 pub mod attention;
 mod backend;
 pub mod bandwidth;
+pub mod gemm;
 pub mod kv;
 pub mod lanes;
 pub mod logits;
