@@ -57,6 +57,7 @@ fn may_be_unsafe(file: &str) -> bool {
         || file == "backend/cuda/device.rs"
         || (file.starts_with("backend/cpu/matmul/")
             && (file.contains("avx2") || file.contains("avx512") || file.ends_with("schedule.rs")))
+        || ["amx", "avx2", "avx512", "pack"].iter().any(|f| file == format!("backend/cpu/gemm/{f}.rs"))
         || ["backend/cpu/pool.rs", "backend/cpu/memory.rs", "backend/cpu/attention.rs", "format/mmap.rs"]
             .contains(&file)
 }

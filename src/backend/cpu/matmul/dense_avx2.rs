@@ -49,7 +49,7 @@ pub(super) fn exact(w: &PackedWeight, p: usize, x: &[f32], first: usize, n: usiz
             for j in 0..count {
                 let (head, block) = layout.block(k + j);
                 let at = panel.as_ptr();
-                widen(w.dtype(), at.add(head), at.add(block), weights.add(j * BLOCK * PANEL));
+                widen(w.dtype(), at.add(head), at.add(block), weights.add(j * BLOCK * PANEL), PANEL);
             }
             let mut r = 0;
             while r < n {

@@ -28,7 +28,7 @@ mod pack;
 mod portable;
 mod schedule;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 #[cfg(target_arch = "x86_64")]
 mod unpack_avx2;
 mod weight;

@@ -10,7 +10,7 @@ use crate::rng::Rng;
 use crate::tensor::HostTensor;
 
 /// Blocks of random integers with scales of a sane size, or normal values.
-fn tensor(dtype: DType, rows: usize, cols: usize, seed: u64) -> HostTensor {
+pub(in crate::backend::cpu) fn tensor(dtype: DType, rows: usize, cols: usize, seed: u64) -> HostTensor {
     let mut rng = Rng::new(seed);
     let size = dtype.block_bytes();
     let mut data = vec![0u8; rows * dtype.row_bytes(cols).unwrap()];
@@ -36,7 +36,7 @@ fn tensor(dtype: DType, rows: usize, cols: usize, seed: u64) -> HostTensor {
     HostTensor::new(dtype, rows, cols, data.into()).unwrap()
 }
 
-fn inputs(rows: usize, cols: usize, seed: u64) -> Vec<f32> {
+pub(in crate::backend::cpu) fn inputs(rows: usize, cols: usize, seed: u64) -> Vec<f32> {
     let mut rng = Rng::stream(seed, 1);
     (0..rows * cols).map(|i| rng.normal() * (1.0 + (i / 50 % 7) as f32)).collect()
 }
@@ -63,7 +63,7 @@ fn settings(f: impl Fn(&str, MatmulCx<'_>)) {
     }
 }
 
-fn pack(t: &HostTensor) -> PackedWeight {
+pub(in crate::backend::cpu) fn pack(t: &HostTensor) -> PackedWeight {
     PackedWeight::pack(t.clone(), &Pool::new(2), &Arena::default()).unwrap()
 }
 

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::layout::{Layout, PANEL, fmt::*};
+use super::layout::{BLOCK, Layout, PANEL, fmt::*};
 use crate::dtype::DType;
 
 /// Runs `$f!(g)` for g in 0..8, each a literal.
@@ -40,22 +40,31 @@ pub(super) const SUB: usize = MIN + 128;
 pub(super) type Ints = [__m256i; 2];
 pub(super) type Floats = [__m256; 2];
 
-/// One block of format `dtype` in f32, `[input][channel]`.
+/// Block `k` of a panel in f32, `[input][channel]`, inputs `stride` apart.
+pub(super) fn widen_block(dtype: DType, panel: &[u8], k: usize, out: &mut [f32], stride: usize) {
+    let layout = Layout::of(dtype as u8);
+    let (head, block) = layout.block(k);
+    assert!(block + layout.stride <= panel.len() && stride >= PANEL && out.len() >= (BLOCK - 1) * stride + PANEL);
+    // SAFETY: the tier is available; the block lies in the panel, and there is room.
+    unsafe { widen(dtype, panel.as_ptr().add(head), panel.as_ptr().add(block), out.as_mut_ptr(), stride) }
+}
+
+/// One block of format `dtype` in f32, `[input][channel]`, inputs `stride` apart.
 ///
 /// # Safety
-/// AVX2, FMA, F16C; `head` and `w` are a block of 16 channels, `out` has room for 512 values.
-pub(super) unsafe fn widen(dtype: DType, head: *const u8, w: *const u8, out: *mut f32) {
+/// AVX2, FMA, F16C; `head` and `w` are a block of 16 channels, `out` has room for 32 rows of 16 values.
+pub(super) unsafe fn widen(dtype: DType, head: *const u8, w: *const u8, out: *mut f32, stride: usize) {
     // SAFETY: by this function's contract.
     unsafe {
         match dtype as u8 {
-            Q4_0 => widen_of::<Q4_0>(head, w, out),
-            Q4_1 => widen_of::<Q4_1>(head, w, out),
-            Q5_0 => widen_of::<Q5_0>(head, w, out),
-            Q5_1 => widen_of::<Q5_1>(head, w, out),
-            Q4_K => widen_of::<Q4_K>(head, w, out),
-            Q5_K => widen_of::<Q5_K>(head, w, out),
-            Q6_K => widen_of::<Q6_K>(head, w, out),
-            _ => widen_of::<Q8_0>(head, w, out),
+            Q4_0 => widen_of::<Q4_0>(head, w, out, stride),
+            Q4_1 => widen_of::<Q4_1>(head, w, out, stride),
+            Q5_0 => widen_of::<Q5_0>(head, w, out, stride),
+            Q5_1 => widen_of::<Q5_1>(head, w, out, stride),
+            Q4_K => widen_of::<Q4_K>(head, w, out, stride),
+            Q5_K => widen_of::<Q5_K>(head, w, out, stride),
+            Q6_K => widen_of::<Q6_K>(head, w, out, stride),
+            _ => widen_of::<Q8_0>(head, w, out, stride),
         }
     }
 }
@@ -63,7 +72,7 @@ pub(super) unsafe fn widen(dtype: DType, head: *const u8, w: *const u8, out: *mu
 /// # Safety
 /// As [`widen`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn widen_of<const F: u8>(head: *const u8, w: *const u8, out: *mut f32) {
+unsafe fn widen_of<const F: u8>(head: *const u8, w: *const u8, out: *mut f32, stride: usize) {
     // SAFETY: by this function's contract.
     unsafe {
         let (scale, min) = scales::<F, false>(head, w);
@@ -80,7 +89,7 @@ unsafe fn widen_of<const F: u8>(head: *const u8, w: *const u8, out: *mut f32) {
                     for (i, q) in ints.into_iter().enumerate() {
                         let q = _mm256_cvtepi32_ps(q);
                         let v = if F == Q8_0 { _mm256_mul_ps(q, s) } else { _mm256_fmadd_ps(q, s, m) };
-                        _mm256_storeu_ps(out.add(($g * 4 + i) * PANEL + h * 8), v);
+                        _mm256_storeu_ps(out.add(($g * 4 + i) * stride + h * 8), v);
                     }
                 }
             };

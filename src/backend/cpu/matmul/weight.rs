@@ -1,11 +1,13 @@
 //! [`PackedWeight`]: a matrix in the form in which the kernels read it.
 
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use super::layout::{BLOCK, Block, Layout, PANEL};
 use super::pack;
 use crate::backend::WeightInfo;
+use crate::backend::cpu::Tier;
+use crate::backend::cpu::lanes::{Kernel, Simd, dispatch};
 use crate::backend::cpu::memory::{AlignedBytes, Arena};
 use crate::backend::cpu::pool::Pool;
 use crate::dtype::DType;
@@ -25,6 +27,21 @@ pub struct PackedWeight {
     rows: usize,
     cols: usize,
     store: Store,
+}
+
+/// Rows of 32 halves, those of the matrix so far apart, in f32.
+struct Widen<'a>(&'a [f16], usize, &'a mut [f32]);
+
+impl Kernel for Widen<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (out, x) in self.2.chunks_exact_mut(BLOCK).zip(self.0.chunks(self.1)) {
+            for i in (0..BLOCK).step_by(S::N) {
+                s.store(s.load(&x[i..]), &mut out[i..]);
+            }
+        }
+    }
 }
 
 enum Store {
@@ -133,6 +150,54 @@ impl PackedWeight {
         }
     }
 
+    /// What [`row_f32`](Self::row_f32) gives of rows `row..row + 32` and columns `col..col + 32`, both multiples of 32, as far
+    /// as they exist (but for the sign of zeros): of plain types `out[row][col]`, of quantised ones `out[col][row]`.
+    pub(in crate::backend::cpu) fn square(&self, tier: Tier, row: usize, col: usize, out: &mut [f32; BLOCK * BLOCK]) {
+        let (rows, cols) = (BLOCK.min(self.rows - row), BLOCK.min(self.cols - col));
+        if !self.dtype.is_quantized() {
+            let (size, n) = (self.dtype.block_bytes(), self.row_bytes());
+            let data = &self.data()[row * n + col * size..];
+            match self.dtype {
+                DType::F16 if cols == BLOCK => {
+                    dispatch(tier, Widen(bytemuck::cast_slice(data), n / 2, &mut out[..rows * BLOCK]))
+                }
+                DType::BF16 => {
+                    let data: &[u16] = bytemuck::cast_slice(data);
+                    for (out, x) in out.chunks_exact_mut(BLOCK).take(rows).zip(data.chunks(n / 2)) {
+                        out.iter_mut().zip(&x[..cols]).for_each(|(o, &x)| *o = f32::from_bits((x as u32) << 16));
+                    }
+                }
+                _ => {
+                    for (out, r) in out.chunks_exact_mut(BLOCK).zip(0..rows) {
+                        self.dtype.to_f32(&data[r * n..r * n + cols * size], &mut out[..cols]);
+                    }
+                }
+            }
+            return;
+        }
+        for (p, at) in (row / PANEL..self.panels_len()).zip([0, PANEL]) {
+            let panel = self.panel(p);
+            match tier {
+                #[cfg(target_arch = "x86_64")]
+                Tier::Avx2 | Tier::Avx512 => {
+                    super::unpack_avx2::widen_block(self.dtype, panel, col / BLOCK, &mut out[at..], BLOCK);
+                }
+                _ => {
+                    let (block, mut channel) = (Block::new(self.dtype, panel, col / BLOCK), [0.0; BLOCK]);
+                    for c in 0..PANEL {
+                        block.channel(c, &mut channel);
+                        out.chunks_exact_mut(BLOCK).zip(channel).for_each(|(out, w)| out[at + c] = w);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The weights as they lie in memory, row-major, if they are of the plain type `dtype`, whose element is `T`.
+    pub(in crate::backend::cpu) fn plain<T: bytemuck::Pod>(&self, dtype: DType) -> Option<&[T]> {
+        (self.dtype == dtype).then(|| bytemuck::cast_slice(self.data()))
+    }
+
     pub(super) fn data(&self) -> &[u8] {
         match &self.store {
             Store::Shared(b) => b,
@@ -146,7 +211,7 @@ impl PackedWeight {
     }
 
     /// Inputs.
-    pub(super) fn cols_len(&self) -> usize {
+    pub(in crate::backend::cpu) fn cols_len(&self) -> usize {
         self.cols
     }
 
