@@ -46,9 +46,21 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("bench", &["model", "backend", "tensor", "dtype", "rng", "perf"]),
     (
         "engine",
-        &["speculative", "diffusion", "continual", "rlhf", "decode", "train", "model", "format", "backend", "rng"],
+        &[
+            "speculative",
+            "diffusion",
+            "continual",
+            "rlhf",
+            "decode",
+            "train",
+            "model",
+            "format",
+            "backend",
+            "rng",
+            "files",
+        ],
     ),
-    ("cli", &["engine", "bench", "format", "decode", "model", "backend", "dtype", "tensor", "rng", "perf"]),
+    ("cli", &["engine", "train", "bench", "format", "decode", "model", "backend", "dtype", "tensor", "rng", "perf"]),
 ];
 
 /// Files in which `unsafe` may stand: kernels behind `#[target_feature]`, and the few owners of raw memory.
