@@ -4,11 +4,13 @@ use serde_json::json;
 
 use super::flags::{BenchKernelsArgs, Common, DeviceFlag, weights_type};
 use super::out::{self, round};
-use crate::backend::Backend;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::cuda::{Cuda, CudaPeaks};
+use crate::backend::{Backend, Train};
 use crate::bench::peaks::CpuPeaks;
+use crate::bench::training::{PreparedTrain, TrainOp, TrainSetup, lists};
 use crate::bench::{Case, Op, Prepared, Setup, ops};
+use crate::dtype::DType;
 use crate::engine::default_threads;
 use crate::error::{Result, bail, ensure};
 use crate::perf::{Cost, Peaks};
@@ -23,24 +25,25 @@ const GOOD: f64 = 0.6;
 
 /// The roofs that an operation stands under on one device.
 pub(super) trait Roofs {
-    /// Those of `op` when its weights or cached rows are (`cold`) or are not read from memory, and what the first is called.
-    fn of(&self, op: &Op, cold: bool) -> (Peaks, &'static str);
+    /// Those of an operation that may (`int8`) or must not round to int8, when its weights or cached rows are (`cold`) or are not
+    /// read from memory, and what the first is called.
+    fn of(&self, int8: bool, cold: bool) -> (Peaks, &'static str);
 }
 
 /// [`CpuPeaks`] as they apply to the ways of computing.
 struct CpuRoofs(CpuPeaks, Compute);
 
 impl Roofs for CpuRoofs {
-    fn of(&self, op: &Op, cold: bool) -> (Peaks, &'static str) {
+    fn of(&self, int8: bool, cold: bool) -> (Peaks, &'static str) {
         let CpuRoofs(p, compute) = self;
-        let int8 = *compute == Compute::Fast && op.multiplies_quantized();
+        let int8 = *compute == Compute::Fast && int8;
         let (bytes_per_s, name) = if cold { (p.memory, "memory") } else { (p.cache, "cache") };
         (Peaks { bytes_per_s, flops_per_s: if int8 { p.int8 } else { p.f32 } }, name)
     }
 }
 
 impl Roofs for CudaPeaks {
-    fn of(&self, _op: &Op, _cold: bool) -> (Peaks, &'static str) {
+    fn of(&self, _int8: bool, _cold: bool) -> (Peaks, &'static str) {
         (Peaks { bytes_per_s: self.memory, flops_per_s: self.bf16 }, "memory")
     }
 }
@@ -52,7 +55,7 @@ fn run_cuda(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
     let device = format!("cuda {}", cuda.name());
     eprintln!("{device}: copies {:.1} GB/s, bf16 products {:.1} TFLOP/s", peaks.memory / 1e9, peaks.bf16 / 1e12);
     let setup = Setup { seed: common.seed, working_set: CUDA_WORKING_SET, kv_bytes: 2, ..Setup::default() };
-    rows(&cuda, &device, &peaks, setup, common.json, args)
+    rows(inference(&cuda, setup, args)?, &device, &peaks, common.json, args)
 }
 
 pub(super) fn run(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
@@ -78,30 +81,43 @@ pub(super) fn run(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
     );
     let kv_bytes = if common.compute() == Compute::Fast { 2 } else { 4 };
     let setup = Setup { seed: common.seed, working_set: WORKING_SET, kv_bytes, ..Setup::default() };
-    rows(&cpu, &device, &CpuRoofs(peaks, common.compute()), setup, common.json, args)
+    rows(inference(&cpu, setup, args)?, &device, &CpuRoofs(peaks, common.compute()), common.json, args)
 }
 
-/// Measures and prints row by row, so that a reader sees that something happens.
-fn rows<B: Backend>(
-    be: &B,
-    device: &str,
-    roofs: &impl Roofs,
-    setup: Setup,
-    json: bool,
+/// Seconds of some samples, the cost, and whether inputs were cold.
+type Measured = (Vec<f64>, Cost, bool);
+
+/// A row of either table, measured when its turn comes.
+struct Entry<'a> {
+    name: &'static str,
+    shape: String,
+    model: &'static str,
+    int8: bool,
+    measure: Box<dyn FnOnce(usize) -> Result<Measured> + 'a>,
+}
+
+/// Seconds that a sample lasts.
+const SAMPLE_S: f64 = 2e-3;
+
+/// The cases that the flags ask for, with the types of weights that they ask for.
+fn wanted<O: Copy + PartialEq>(
+    cases: Vec<Case<O>>,
     args: &BenchKernelsArgs,
-) -> Result<()> {
-    let named = |c: &Case, f: &String| {
+    name: fn(&O) -> &'static str,
+    with_weights: fn(O, DType) -> O,
+) -> Result<Vec<Case<O>>> {
+    let named = |c: &Case<O>, f: &String| {
         let f = f.to_lowercase();
-        c.op.name().contains(&f) || c.model.to_lowercase().contains(&f)
+        name(&c.op).contains(&f) || c.model.to_lowercase().contains(&f)
     };
-    let wanted =
-        |c: &Case| (args.large || !c.large) && (args.filter.is_empty() || args.filter.iter().any(|f| named(c, f)));
-    let mut cases: Vec<Case> = ops::realistic().into_iter().filter(wanted).collect();
+    let asked =
+        |c: &Case<O>| (args.large || !c.large) && (args.filter.is_empty() || args.filter.iter().any(|f| named(c, f)));
+    let mut cases: Vec<Case<O>> = cases.into_iter().filter(asked).collect();
     let (filter, large) = (args.filter.join(","), if args.large { "" } else { " (--large has more)" });
     ensure!(!cases.is_empty(), Usage, "no kernel or model has `{filter}` in its name{large}");
     if let Some(weights) = &args.weights {
         let dtype = weights_type(weights)?;
-        cases.iter_mut().for_each(|c| c.op = c.op.with_weights(dtype));
+        cases.iter_mut().for_each(|c| c.op = with_weights(c.op, dtype));
         // What differed by its type alone is the same now.
         let all = std::mem::take(&mut cases);
         all.into_iter().for_each(|c| {
@@ -110,6 +126,44 @@ fn rows<B: Backend>(
             }
         });
     }
+    Ok(cases)
+}
+
+/// The operations of [`Backend`].
+fn inference<'a, B: Backend>(be: &'a B, setup: Setup, args: &BenchKernelsArgs) -> Result<Vec<Entry<'a>>> {
+    let cases = wanted(ops::realistic(), args, Op::name, Op::with_weights)?;
+    let entries = cases.into_iter().map(|Case { op, model, .. }| Entry {
+        name: op.name(),
+        shape: op.to_string(),
+        model,
+        int8: op.multiplies_quantized(),
+        measure: Box::new(move |samples| {
+            let mut p = Prepared::new(be, op, setup)?;
+            Ok((p.time(samples, SAMPLE_S)?, p.cost(), p.is_cold()))
+        }),
+    });
+    Ok(entries.collect())
+}
+
+/// The operations of [`Train`].
+#[cfg_attr(not(test), expect(dead_code, reason = "no device but the specification trains yet"))]
+fn training<'a, B: Train>(be: &'a B, setup: TrainSetup, args: &BenchKernelsArgs) -> Result<Vec<Entry<'a>>> {
+    let cases = wanted(lists::realistic(), args, TrainOp::name, TrainOp::with_weights)?;
+    let entries = cases.into_iter().map(|Case { op, model, .. }| Entry {
+        name: op.name(),
+        shape: op.to_string(),
+        model,
+        int8: false,
+        measure: Box::new(move |samples| {
+            let mut p = PreparedTrain::new(be, op, setup)?;
+            Ok((p.time(samples, SAMPLE_S)?, p.cost(), p.is_cold()))
+        }),
+    });
+    Ok(entries.collect())
+}
+
+/// Measures and prints row by row, so that a reader sees that something happens.
+fn rows(entries: Vec<Entry<'_>>, device: &str, roofs: &impl Roofs, json: bool, args: &BenchKernelsArgs) -> Result<()> {
     if !json {
         out::print(&format!(
             "{:14} {:32} {:>22} {:>8} {:>8}  {:8} {:>5}  verdict\n",
@@ -117,18 +171,17 @@ fn rows<B: Backend>(
         ))?;
     }
     let (mut model, mut best) = ("", 0.0f64);
-    for case in cases {
-        if !json && case.model != model {
-            model = case.model;
+    for Entry { name, shape, model: of, int8, measure } in entries {
+        if !json && of != model {
+            model = of;
             out::print(&format!("{model}\n"))?;
         }
-        let mut p = Prepared::new(be, case.op, setup)?;
-        let mut seconds = p.time(args.samples, 2e-3)?;
+        let (mut seconds, cost, cold) = measure(args.samples)?;
         seconds.sort_by(f64::total_cmp);
-        let (peaks, first) = roofs.of(&case.op, p.is_cold());
-        let row = Row::new(&seconds, p.cost(), peaks, first);
+        let (peaks, first) = roofs.of(int8, cold);
+        let row = Row::new(&seconds, cost, peaks, first);
         best = best.max(row.roof);
-        out::print(&if json { row.json(&case, device) } else { row.text(&case.op) })?;
+        out::print(&if json { row.json([name, &shape, of, device]) } else { row.text(name, &shape) })?;
     }
     if best > 1.1 {
         eprintln!(
@@ -164,13 +217,11 @@ impl Row {
         }
     }
 
-    fn text(&self, op: &Op) -> String {
+    fn text(&self, name: &str, shape: &str) -> String {
         let [p10, median, p90] = self.seconds;
         let spread = format!("{:.1} ({:.1}-{:.1})", median * 1e6, p10 * 1e6, p90 * 1e6);
         let line = format!(
-            "{:14} {:32} {spread:>22} {:8.2} {:8.2}  {:8} {:4.0}%  {}",
-            op.name(),
-            op.to_string(),
+            "{name:14} {shape:32} {spread:>22} {:8.2} {:8.2}  {:8} {:4.0}%  {}",
             self.cost.bytes / median / 1e9,
             self.cost.flops / median / 1e9,
             self.bound,
@@ -180,12 +231,12 @@ impl Row {
         format!("{}\n", line.trim_end())
     }
 
-    fn json(&self, case: &Case, device: &str) -> String {
+    fn json(&self, [kernel, shape, model, device]: [&str; 4]) -> String {
         let [p10, median, p90] = self.seconds.map(|s| round(s * 1e6, 3));
         let value = json!({
-            "kernel": case.op.name(),
-            "shape": case.op.to_string(),
-            "model": case.model,
+            "kernel": kernel,
+            "shape": shape,
+            "model": model,
             "device": device,
             "us": median,
             "p10": p10,
@@ -202,6 +253,7 @@ impl Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::naive::Naive;
 
     #[test]
     fn a_row_knows_its_roof() {
@@ -210,5 +262,20 @@ mod tests {
         assert_eq!((row.bound, row.roof, row.verdict()), ("memory", 0.5, "below 60 %"));
         let row = Row::new(&[1e-6], Cost { bytes: 1.0, flops: 100.0 }, peaks, "memory");
         assert_eq!((row.bound, row.verdict()), ("compute", "small"));
+    }
+
+    #[test]
+    fn operations_of_training_are_rows() {
+        let filter = vec!["column_sums".into(), "zero".into(), "scatter".into()];
+        let args = BenchKernelsArgs { filter, large: false, weights: None, samples: 2 };
+        let entries = training(&Naive, TrainSetup::default(), &args).unwrap();
+        assert_eq!(entries.iter().map(|e| e.name).collect::<Vec<_>>(), ["scatter_rows", "zero", "column_sums"]);
+        for e in entries {
+            let (seconds, cost, cold) = (e.measure)(args.samples).unwrap();
+            assert!(seconds.len() == 2 && seconds.iter().all(|s| *s > 0.0) && cost.bytes > 0.0 && !cold);
+            assert_eq!(e.model, "SmolLM2-135M");
+        }
+        let args = BenchKernelsArgs { filter: vec!["rope".into()], ..args };
+        assert!(training(&Naive, TrainSetup::default(), &args).is_err(), "no such operation");
     }
 }
