@@ -58,7 +58,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "backend",
             "rng",
             "files",
-        ],
+        , "tensor"],
     ),
     ("cli", &["engine", "train", "bench", "format", "decode", "model", "backend", "dtype", "tensor", "rng", "perf"]),
 ];
