@@ -58,7 +58,8 @@ const ARROWS: &[(&str, &[&str])] = &[
             "backend",
             "rng",
             "files",
-        , "tensor"],
+            "tensor",
+        ],
     ),
     ("cli", &["engine", "train", "bench", "format", "decode", "model", "backend", "dtype", "tensor", "rng", "perf"]),
 ];
