@@ -75,6 +75,18 @@ pub fn fma_peak(cpu: &Cpu) -> f64 {
     })
 }
 
+/// What the instructions that the CPU's large products use reach on all threads, operations per second: AMX or f32.
+pub fn matrix_peak(cpu: &Cpu) -> f64 {
+    let tasks = cpu.pool().threads() * 4;
+    let one = || crate::backend::cpu::gemm::register_products(cpu.tier(), cpu.compute());
+    let Some(flops) = one() else { return fma_peak(cpu) };
+    best(flops * tasks as f64, || {
+        cpu.pool().run(tasks, |_| {
+            black_box(one());
+        })
+    })
+}
+
 struct Scale<'a>(&'a mut [f32], f32);
 
 impl Kernel for Scale<'_> {

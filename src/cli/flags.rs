@@ -121,6 +121,8 @@ pub(super) enum Bench {
     Decode(BenchDecodeArgs),
     /// Every kernel at the sizes of real models, beside the roof that bounds it.
     Kernels(BenchKernelsArgs),
+    /// Steps of training over random tokens, beside what matrix products reach.
+    Train(BenchTrainArgs),
 }
 
 #[derive(Args)]
@@ -406,6 +408,35 @@ pub(super) struct TrainArgs {
     /// What the backward pass computes again: nothing, pointwise or layer.
     #[arg(long)]
     pub recompute: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum RecomputeFlag {
+    /// Everything is kept.
+    Nothing,
+    /// Normed rows and gated activations are computed again.
+    Pointwise,
+    /// Everything but each layer's input is.
+    Layer,
+}
+
+#[derive(Args)]
+pub(super) struct BenchTrainArgs {
+    /// All weights instead of a LoRA adapter.
+    #[arg(long)]
+    pub full: bool,
+    /// Rank of the adapter on all linears.
+    #[arg(long, default_value_t = 8)]
+    pub rank: usize,
+    /// Tokens of a step.
+    #[arg(long, default_value_t = 512)]
+    pub tokens: usize,
+    /// Steps that are timed.
+    #[arg(long, default_value_t = 7)]
+    pub steps: usize,
+    /// What the backward pass computes again.
+    #[arg(long, value_enum, default_value = "pointwise")]
+    pub recompute: RecomputeFlag,
 }
 
 /// The type that `--weights` names.

@@ -3,6 +3,7 @@
 mod accuracy;
 mod bench_decode;
 mod bench_kernels;
+mod bench_train;
 mod chat;
 mod eval;
 pub mod fetch;
@@ -63,6 +64,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Train(Train::Full(a)) => train::full(common, a),
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
+        Command::Bench(Bench::Train(a)) => bench_train::run(common, a),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -17,6 +17,7 @@
 mod accuracy;
 mod erased;
 mod session;
+mod speed;
 mod texts;
 mod training;
 
@@ -27,6 +28,7 @@ use std::time::Instant;
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
 pub use erased::Decode;
 pub use session::{Finish, Generate, Generation, Piece, Session};
+pub use speed::{TrainBench, TrainSpeed, train_speed};
 pub use texts::Texts;
 pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
 
@@ -107,7 +109,7 @@ impl EngineOptions {
         self
     }
 
-    fn cpu(&self) -> Result<Cpu> {
+    pub(crate) fn cpu(&self) -> Result<Cpu> {
         let threads = if self.threads == 0 { default_threads() } else { self.threads };
         let best = Tier::detect();
         let tier = self.tier.unwrap_or(best);

@@ -39,6 +39,11 @@ impl Cpu {
         &self.pool
     }
 
+    /// How it multiplies.
+    pub fn compute(&self) -> Compute {
+        self.compute
+    }
+
     /// Its instructions.
     pub fn tier(&self) -> Tier {
         self.tier

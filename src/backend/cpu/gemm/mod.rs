@@ -141,6 +141,16 @@ impl Path {
     }
 }
 
+/// Does what products on this tier do, in registers only, on this thread: the roof of what they may reach. Returns how many
+/// operations; `None` where they are plain f32.
+pub fn register_products(tier: Tier, compute: Compute) -> Option<f64> {
+    match Path::of(tier, compute) {
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx => Some(amx::register_products()),
+        _ => None,
+    }
+}
+
 /// Lanes of a task: enough to earn what reading the shared operand costs, few enough to stay in the core's cache.
 const TASK: usize = 256;
 /// Tasks for each thread where there are enough lanes.
