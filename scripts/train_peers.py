@@ -2,7 +2,23 @@
 """Time training steps of a Llama-form model in PyTorch on the CPU: the peer of `quadriga train`.
 
     python scripts/train_peers.py MODEL_HF_DIR                      # four cases, a JSON line each
-    python scripts/train_peers.py MODEL_HF_DIR --cases lora-bf16 --set loss=hf --set compile=1
+    python scripts/train_peers.py MODEL_HF_DIR --stock              # as transformers and PEFT come: sdpa, their loss, no compilation
+    python scripts/train_peers.py MODEL_HF_DIR --cases lora-bf16 --set loss=hf --set compile=0
+
+Needs torch, transformers and, for --stock, peft. A case runs in a process of its own, so that peak_mb is its own.
+
+One step is: forward, mean cross-entropy of all tokens but the first, backward, AdamW. LoRA has rank 8 on the seven linear layers of every block.
+ms and forward_ms (forward with loss, no gradients) are medians of --steps after two warm-ups; spread_ms is the fastest and the slowest step.
+Weights, activations, adapters and optimiser state have the type in the case's name.
+
+Settings (--set NAME=VALUE; the default first):
+  lora       own (a module of this file), peft
+  adapter    same (type as the weights), f32
+  loss       direct (cross-entropy of the logits in their own type), hf (of float32 copies), chunked and compact (F.linear_cross_entropy)
+  attention  grouped (plain products, one for all queries of a key/value head; the CPU's flash kernel is slow backwards), sdpa, eager
+  optimiser  fused, foreach, plain
+  compile    1 (torch.compile of the layers; needs a C++ compiler), 0
+  malloc     1 (the C library keeps freed blocks), 0
 """
 
 import argparse
@@ -18,14 +34,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-# What was fastest for each case; --set tries another.
 DEFAULTS = dict(lora="own", adapter="same", loss="direct", attention="grouped", optimiser="fused", compile=1, malloc=1)
-CASES = {
-    "lora-f32": dict(),
-    "lora-bf16": dict(),
-    "full-f32": dict(),
-    "full-bf16": dict(),
-}
+STOCK = dict(lora="peft", adapter="same", loss="hf", attention="sdpa", optimiser="fused", compile=0, malloc=0)
+CASES = ["lora-f32", "lora-bf16", "full-f32", "full-bf16"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 8, 16
 WARMUPS = 2
@@ -58,7 +69,6 @@ def grouped_attention(module, q, k, v, mask, scaling, **_):
 
 def build(args, case, s):
     AttentionInterface.register("grouped", grouped_attention)
-
     dtype = torch.float32 if case.endswith("f32") else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=s["attention"])
     model.config.use_cache = False
@@ -79,7 +89,6 @@ def build(args, case, s):
     else:
         inner = model
     ids = torch.tensor([[(i * 7919 + 13) % model.config.vocab_size for i in range(args.seq)]])
-
     labels = torch.cat([ids[0, 1:], torch.tensor([-100])])
 
     def loss():
@@ -135,9 +144,21 @@ def measure(args, case, s):
     forward_ms = timed(forward)[0]
     middle = statistics.median(ms)
     return dict(
-        case=case, ms=round(middle, 1), tokens_per_s=round(1000 * args.seq / middle, 1), forward_ms=round(statistics.median(forward_ms), 1),
-        peak_mb=round(peak), spread_ms=[round(min(ms), 1), round(max(ms), 1)], loaded_mb=round(loaded), imported_mb=round(imported),
-        trained=sum(p.numel() for p in trained), first_loss=round(first, 4), last_loss=round(last, 4), seq=args.seq, threads=args.threads, settings=s, torch=torch.__version__,
+        case=case,
+        ms=round(middle, 1),
+        tokens_per_s=round(1000 * args.seq / middle, 1),
+        forward_ms=round(statistics.median(forward_ms), 1),
+        peak_mb=round(peak),
+        spread_ms=[round(min(ms), 1), round(max(ms), 1)],
+        loaded_mb=round(loaded),
+        imported_mb=round(imported),
+        trained=sum(p.numel() for p in trained),
+        first_loss=round(first, 4),
+        last_loss=round(last, 4),
+        seq=args.seq,
+        threads=args.threads,
+        settings=s,
+        torch=torch.__version__,
     )
 
 
@@ -148,13 +169,14 @@ def main():
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--steps", type=int, default=5)
     p.add_argument("--cases", default=",".join(CASES))
+    p.add_argument("--stock", action="store_true")
     p.add_argument("--set", action="append", default=[])
     p.add_argument("--json")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     rows = []
     for case in args.cases.split(","):
-        s = DEFAULTS | CASES[case]
+        s = dict(STOCK if args.stock else DEFAULTS)
         for key, value in (x.split("=") for x in args.set):
             s[key] = type(s[key])(value)
         if args.child:
@@ -165,7 +187,7 @@ def main():
             # Keep large blocks instead of giving them back and faulting them in again each step.
             env |= dict(MALLOC_MMAP_THRESHOLD_=str(1 << 40), MALLOC_TRIM_THRESHOLD_=str(1 << 40), MALLOC_TOP_PAD_=str(1 << 26))
         command = [sys.executable, os.path.abspath(__file__), args.model, "--child", "--cases", case]
-        command += [f"--{k}={getattr(args, k)}" for k in ("seq", "threads", "steps")] + [f"--set={x}" for x in args.set]
+        command += [f"--{k}={getattr(args, k)}" for k in ("seq", "threads", "steps")] + [f"--set={k}={v}" for k, v in s.items()]
         out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=170).stdout
         rows.append(json.loads(out.strip().splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
