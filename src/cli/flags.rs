@@ -367,13 +367,13 @@ pub(super) struct TrainArgs {
     #[arg(long)]
     pub accumulate: Option<usize>,
     /// Learning rate.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f32>,
     /// adamw, sgd, momentum, optimistic, optimistic-adam.
     #[arg(long)]
     pub optimizer: Option<String>,
     /// Decoupled weight decay.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub weight_decay: Option<f32>,
     /// Longest gradient; 0: any.
     #[arg(long)]
