@@ -184,6 +184,8 @@ impl TrainRun {
         if self.method == Method::Full {
             can_write(&checkpoint)?;
         }
+        self.plan.validate()?;
+        self.recompute()?;
         let texts = Texts::new(checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let examples = self.reading.load(&self.data, &texts)?.examples;
         let held_out = match &self.held_out {
