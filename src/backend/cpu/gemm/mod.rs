@@ -153,6 +153,8 @@ pub fn register_products(tier: Tier, compute: Compute) -> Option<f64> {
 
 /// Lanes of a task: enough to earn what reading the shared operand costs, few enough to stay in the core's cache.
 const TASK: usize = 256;
+/// Bytes of a core's second-level cache that the shared operand may fill.
+const CACHE: usize = 1 << 20;
 /// Tasks for each thread where there are enough lanes.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -289,6 +291,8 @@ fn product(
         if rows_shared { ((m, a, Side::A), (n, b, Side::B)) } else { ((n, b, Side::B), (m, a, Side::A)) };
     let each = dealt.0.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).next_multiple_of(UNIT).min(TASK);
     let depth = path.depth(k);
+    // c is written row by row, unless a shared right operand would come from beyond the core's cache for every few rows.
+    let rows_first = rows_shared || shared.0 * depth / path.values() * size_of::<f32>() <= CACHE;
     let mut out = Out::new(c, stride, store == Store::Add, scale);
     let most = depth / (LANES * path.values());
     with_tiles(&cx.scratch.shared, shared.0.div_ceil(LANES) * most, |tiles| {
@@ -308,7 +312,7 @@ fn product(
                     let (i, j) = if rows_shared { (0, lanes.start) } else { (lanes.start, 0) };
                     let (a, b) = if rows_shared { (tiles, &*own) } else { (&*own, tiles) };
                     let (rows, cols) = if rows_shared { (m, lanes.len()) } else { (lanes.len(), n) };
-                    multiply(path, &Block { a, b, steps, i, j, rows, cols, rows_first: rows_shared }, &out);
+                    multiply(path, &Block { a, b, steps, i, j, rows, cols, rows_first }, &out);
                 });
             });
             out.add();

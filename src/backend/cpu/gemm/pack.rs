@@ -173,23 +173,23 @@ impl<'a> Out<'a> {
     /// instructions.
     #[inline(always)]
     pub fn put<const W: usize>(&self, block: &Block<'_>, i: usize, j: usize, sums: &[f32]) {
-        let width = W.min(block.cols - j);
+        let (add, scale, width) = (self.add, self.scale, W.min(block.cols - j));
         for (sums, i) in sums.as_chunks::<W>().0.iter().zip(i..block.rows) {
             // SAFETY: the blocks of tasks that run at a time are disjoint, and this reference ends before the next begins.
             let c = unsafe { self.c.slice((block.i + i) * self.stride + block.j + j, width) };
+            // On copies, or the compiler would see c and `sums` overlap and take them one by one.
+            let mut new = *sums;
+            new.iter_mut().for_each(|s| *s *= scale);
             match <&mut [f32; W]>::try_from(&mut *c) {
-                Ok(c) => self.line(c, sums),
-                Err(_) => self.line(c, &sums[..width]),
+                Ok(c) => {
+                    if add {
+                        new.iter_mut().zip(*c).for_each(|(s, c)| *s += c);
+                    }
+                    *c = new;
+                }
+                Err(_) if add => c.iter_mut().zip(new).for_each(|(c, s)| *c += s),
+                Err(_) => c.copy_from_slice(&new[..width]),
             }
-        }
-    }
-
-    #[inline(always)]
-    fn line(&self, c: &mut [f32], sums: &[f32]) {
-        if self.add {
-            c.iter_mut().zip(sums).for_each(|(c, s)| *c += self.scale * s);
-        } else {
-            c.iter_mut().zip(sums).for_each(|(c, s)| *c = self.scale * s);
         }
     }
 }
