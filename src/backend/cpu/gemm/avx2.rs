@@ -57,14 +57,10 @@ unsafe fn tile<const W: usize>(a: *const f32, b: [*const f32; W], steps: usize, 
                 let at = step * LANES * LANES;
                 let b = b.map(|b| b.add(at + k * LANES));
                 let mut right = [_mm256_setzero_ps(); W];
-                for w in 0..W {
-                    right[w] = _mm256_load_ps(b[w]);
-                }
-                for r in 0..ROWS {
+                right.iter_mut().zip(b).for_each(|(right, b)| *right = _mm256_load_ps(b));
+                for (r, acc) in acc.iter_mut().enumerate() {
                     let left = _mm256_broadcast_ss(&*a.add(at + r * LANES + k));
-                    for w in 0..W {
-                        acc[r][w] = _mm256_fmadd_ps(left, right[w], acc[r][w]);
-                    }
+                    acc.iter_mut().zip(right).for_each(|(acc, right)| *acc = _mm256_fmadd_ps(left, right, *acc));
                 }
             }
         }

@@ -293,7 +293,7 @@ fn product(
     let depth = path.depth(k);
     // c is written row by row, unless a shared right operand would come from beyond the core's cache for every few rows.
     let rows_first = rows_shared || shared.0 * depth / path.values() * size_of::<f32>() <= CACHE;
-    let mut out = Out::new(c, stride, store == Store::Add, scale);
+    let mut out = Out::new(c, stride, store == Store::Add, scale, path.tier());
     let most = depth / (LANES * path.values());
     with_tiles(&cx.scratch.shared, shared.0.div_ceil(LANES) * most, |tiles| {
         for first in (0..k).step_by(depth) {

@@ -7,6 +7,7 @@ use super::{Block, Operand, Path, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::backend::cpu::Tier;
+use crate::backend::cpu::lanes::{Kernel, Simd, dispatch};
 use crate::backend::cpu::matmul::PackedWeight;
 use crate::backend::cpu::pool::Shards;
 use crate::dtype::DType;
@@ -157,11 +158,12 @@ pub(super) struct Out<'a> {
     stride: usize,
     add: bool,
     scale: f32,
+    tier: Tier,
 }
 
 impl<'a> Out<'a> {
-    pub fn new(c: &'a mut [f32], stride: usize, add: bool, scale: f32) -> Self {
-        Self { c: Shards::new(c), stride, add, scale }
+    pub fn new(c: &'a mut [f32], stride: usize, add: bool, scale: f32, tier: Tier) -> Self {
+        Self { c: Shards::new(c), stride, add, scale, tier }
     }
 
     /// From now on sums are added.
@@ -169,26 +171,36 @@ impl<'a> Out<'a> {
         self.add = true;
     }
 
-    /// Stores `sums`, whose rows are `W` long, from (i, j) of the block on, as far as it goes. Compiled with the caller's
-    /// instructions.
-    #[inline(always)]
+    /// Stores `sums`, whose rows are `W` long, from (i, j) of the block on, as far as it goes.
     pub fn put<const W: usize>(&self, block: &Block<'_>, i: usize, j: usize, sums: &[f32]) {
-        let (add, scale, width) = (self.add, self.scale, W.min(block.cols - j));
+        dispatch(self.tier, Put::<W> { out: self, block, i, j, sums });
+    }
+}
+
+struct Put<'a, const W: usize> {
+    out: &'a Out<'a>,
+    block: &'a Block<'a>,
+    i: usize,
+    j: usize,
+    sums: &'a [f32],
+}
+
+impl<const W: usize> Kernel for Put<'_, W> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { out, block, i, j, sums } = self;
+        let (add, scale, width) = (out.add, out.scale, W.min(block.cols - j));
         for (sums, i) in sums.as_chunks::<W>().0.iter().zip(i..block.rows) {
             // SAFETY: the blocks of tasks that run at a time are disjoint, and this reference ends before the next begins.
-            let c = unsafe { self.c.slice((block.i + i) * self.stride + block.j + j, width) };
-            // On copies, or the compiler would see c and `sums` overlap and take them one by one.
-            let mut new = *sums;
-            new.iter_mut().for_each(|s| *s *= scale);
-            match <&mut [f32; W]>::try_from(&mut *c) {
-                Ok(c) => {
-                    if add {
-                        new.iter_mut().zip(*c).for_each(|(s, c)| *s += c);
-                    }
-                    *c = new;
-                }
-                Err(_) if add => c.iter_mut().zip(new).for_each(|(c, s)| *c += s),
-                Err(_) => c.copy_from_slice(&new[..width]),
+            let c = unsafe { out.c.slice((block.i + i) * out.stride + block.j + j, width) };
+            let whole = width - width % S::N;
+            for at in (0..whole).step_by(S::N) {
+                let p = s.mul(s.splat(scale), s.load(&sums[at..]));
+                s.store(if add { s.add(s.load(&c[at..]), p) } else { p }, &mut c[at..]);
+            }
+            for (c, sum) in c[whole..].iter_mut().zip(&sums[whole..]) {
+                *c = if add { *c + scale * sum } else { scale * sum };
             }
         }
     }
