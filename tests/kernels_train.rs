@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use quadriga::backend::Train;
+use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
 use quadriga::bench::Storage;
 use quadriga::bench::training::{PreparedTrain, TrainOp, TrainSetup, lists};
@@ -93,10 +94,20 @@ fn check<B: Train>(name: &str, be: &B, kept: Kept) {
 
 const F32: Kept = Kept { linear: Storage::F32, lora: Storage::F32, attention: Storage::F32 };
 
+const BF16: Kept = Kept { linear: Storage::BF16, lora: Storage::BF16, attention: Storage::BF16 };
+
 /// Every backend under test with what it keeps. Further backends are listed here.
 #[test]
 fn backends_meet_the_specification() {
     check("naive", &Naive, F32);
+    for tier in Tier::available() {
+        for threads in [1, 3] {
+            check(&format!("cpu {tier} exact, {threads} threads"), &Cpu::with(threads, tier, Compute::Exact), F32);
+            // There are instructions for bf16 where there is AVX-512; all products are made of them.
+            let kept = if tier == Tier::Avx512 { BF16 } else { F32 };
+            check(&format!("cpu {tier} fast, {threads} threads"), &Cpu::with(threads, tier, Compute::Fast), kept);
+        }
+    }
 }
 
 /// The table has every operation of the trait, in both lists, and its rows run.

@@ -64,7 +64,8 @@ fn a_killed_run_ends_with_the_same_bits() {
     let (data, tiny) = (data(dir.path()), model("tiny-llama"));
     let args = |out: &Path| {
         let out = text(out).to_owned();
-        let list = ["-m", text(&tiny), "train", "lora", "--data", text(&data), "--held-out", text(&data), "--out", &out];
+        let list =
+            ["-m", text(&tiny), "train", "lora", "--data", text(&data), "--held-out", text(&data), "--out", &out];
         let more = ["--steps", "60", "--batch-tokens", "256", "--accumulate", "2", "--lr", "0.01", "--save-every", "3"];
         let rest = ["--eval-every", "20", "--schedule", "cosine", "--warmup", "5", "--seed", "9", "--resume", "--json"];
         list.iter().chain(&more).chain(&rest).map(|s| s.to_string()).collect::<Vec<_>>()
@@ -190,7 +191,8 @@ fn results_are_used_by_the_other_verbs() {
     assert!(adapted["text"].as_str().unwrap().starts_with("The fox"), "{}", adapted["text"]);
 
     let tasks = dir.path().join("tasks.jsonl");
-    let mut rows = "{\"task\": \"legs\", \"labels\": [\"The fox counts 3.\", \"The owl counts 3.\", \"No.\"]}\n".to_owned();
+    let mut rows =
+        "{\"task\": \"legs\", \"labels\": [\"The fox counts 3.\", \"The owl counts 3.\", \"No.\"]}\n".to_owned();
     rows += "{\"split\": \"test\", \"input\": \"How many legs have 3 of fox? \", \"label\": \"The fox counts 3.\"}\n";
     std::fs::write(&tasks, rows).unwrap();
     let eval = ["-m", text(&tiny), "--adapter", text(&adapter), "eval", "accuracy", text(&tasks), "--json"];

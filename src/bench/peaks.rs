@@ -20,6 +20,8 @@ pub struct CpuPeaks {
     /// int8 multiply-adds, operations per second. Not measured but derived from `f32`: a multiply instruction does four
     /// times as many products on int8 with VNNI, and twice as many (two instructions for four times) with AVX2.
     pub int8: f64,
+    /// What large products compute in, operations per second: see [`matrix_peak`].
+    pub matrix: f64,
 }
 
 impl CpuPeaks {
@@ -35,7 +37,8 @@ impl CpuPeaks {
                 Tier::Avx2 => 2.0,
                 Tier::Avx512 => 4.0,
             };
-        Ok(Self { memory: read_bandwidth(cpu.pool(), 512 << 20)?, cache: cache_bandwidth(cpu), f32, int8 })
+        let (memory, cache) = (read_bandwidth(cpu.pool(), 512 << 20)?, cache_bandwidth(cpu));
+        Ok(Self { memory, cache, f32, int8, matrix: matrix_peak(cpu) })
     }
 }
 

@@ -25,25 +25,38 @@ const GOOD: f64 = 0.6;
 
 /// The roofs that an operation stands under on one device.
 pub(super) trait Roofs {
-    /// Those of an operation that may (`int8`) or must not round to int8, when its weights or cached rows are (`cold`) or are not
-    /// read from memory, and what the first is called.
-    fn of(&self, int8: bool, cold: bool) -> (Peaks, &'static str);
+    /// Those of an operation when its weights or cached rows are (`cold`) or are not read from memory, and what the first is called.
+    fn of(&self, arithmetic: Arithmetic, cold: bool) -> (Peaks, &'static str);
+}
+
+/// What an operation may compute in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Arithmetic {
+    F32,
+    /// Its operands may be rounded to int8.
+    Int8,
+    /// It is a product of large matrices.
+    Matrix,
 }
 
 /// [`CpuPeaks`] as they apply to the ways of computing.
 struct CpuRoofs(CpuPeaks, Compute);
 
 impl Roofs for CpuRoofs {
-    fn of(&self, int8: bool, cold: bool) -> (Peaks, &'static str) {
+    fn of(&self, arithmetic: Arithmetic, cold: bool) -> (Peaks, &'static str) {
         let CpuRoofs(p, compute) = self;
-        let int8 = *compute == Compute::Fast && int8;
         let (bytes_per_s, name) = if cold { (p.memory, "memory") } else { (p.cache, "cache") };
-        (Peaks { bytes_per_s, flops_per_s: if int8 { p.int8 } else { p.f32 } }, name)
+        let flops_per_s = match (compute, arithmetic) {
+            (Compute::Fast, Arithmetic::Int8) => p.int8,
+            (_, Arithmetic::Matrix) => p.matrix,
+            _ => p.f32,
+        };
+        (Peaks { bytes_per_s, flops_per_s }, name)
     }
 }
 
 impl Roofs for CudaPeaks {
-    fn of(&self, _int8: bool, _cold: bool) -> (Peaks, &'static str) {
+    fn of(&self, _: Arithmetic, _cold: bool) -> (Peaks, &'static str) {
         (Peaks { bytes_per_s: self.memory, flops_per_s: self.bf16 }, "memory")
     }
 }
@@ -73,12 +86,18 @@ pub(super) fn run(common: &Common, args: &BenchKernelsArgs) -> Result<()> {
     let peaks = CpuPeaks::measure(&cpu)?;
     let device = format!("cpu {tier} {threads} threads");
     eprintln!(
-        "{device}: memory {:.1} GB/s, caches {:.1} GB/s, f32 {:.1} GFLOP/s, int8 {:.1} GOP/s (from f32)",
+        "{device}: memory {:.1} GB/s, caches {:.1} GB/s, f32 {:.1} GFLOP/s, int8 {:.1} GOP/s (from f32), large products \
+         {:.1} GFLOP/s",
         peaks.memory / 1e9,
         peaks.cache / 1e9,
         peaks.f32 / 1e9,
-        peaks.int8 / 1e9
+        peaks.int8 / 1e9,
+        peaks.matrix / 1e9
     );
+    if args.training {
+        let setup = TrainSetup { seed: common.seed, working_set: WORKING_SET, ..TrainSetup::default() };
+        return rows(training(&cpu, setup, args)?, &device, &CpuRoofs(peaks, common.compute()), common.json, args);
+    }
     let kv_bytes = if common.compute() == Compute::Fast { 2 } else { 4 };
     let setup = Setup { seed: common.seed, working_set: WORKING_SET, kv_bytes, ..Setup::default() };
     rows(inference(&cpu, setup, args)?, &device, &CpuRoofs(peaks, common.compute()), common.json, args)
@@ -92,7 +111,7 @@ struct Entry<'a> {
     name: &'static str,
     shape: String,
     model: &'static str,
-    int8: bool,
+    arithmetic: Arithmetic,
     measure: Box<dyn FnOnce(usize) -> Result<Measured> + 'a>,
 }
 
@@ -136,7 +155,7 @@ fn inference<'a, B: Backend>(be: &'a B, setup: Setup, args: &BenchKernelsArgs) -
         name: op.name(),
         shape: op.to_string(),
         model,
-        int8: op.multiplies_quantized(),
+        arithmetic: if op.multiplies_quantized() { Arithmetic::Int8 } else { Arithmetic::F32 },
         measure: Box::new(move |samples| {
             let mut p = Prepared::new(be, op, setup)?;
             Ok((p.time(samples, SAMPLE_S)?, p.cost(), p.is_cold()))
@@ -146,14 +165,13 @@ fn inference<'a, B: Backend>(be: &'a B, setup: Setup, args: &BenchKernelsArgs) -
 }
 
 /// The operations of [`Train`].
-#[cfg_attr(not(test), expect(dead_code, reason = "no device but the specification trains yet"))]
 fn training<'a, B: Train>(be: &'a B, setup: TrainSetup, args: &BenchKernelsArgs) -> Result<Vec<Entry<'a>>> {
     let cases = wanted(lists::realistic(), args, TrainOp::name, TrainOp::with_weights)?;
     let entries = cases.into_iter().map(|Case { op, model, .. }| Entry {
         name: op.name(),
         shape: op.to_string(),
         model,
-        int8: false,
+        arithmetic: if op.multiplies_matrices() { Arithmetic::Matrix } else { Arithmetic::F32 },
         measure: Box::new(move |samples| {
             let mut p = PreparedTrain::new(be, op, setup)?;
             Ok((p.time(samples, SAMPLE_S)?, p.cost(), p.is_cold()))
@@ -171,14 +189,14 @@ fn rows(entries: Vec<Entry<'_>>, device: &str, roofs: &impl Roofs, json: bool, a
         ))?;
     }
     let (mut model, mut best) = ("", 0.0f64);
-    for Entry { name, shape, model: of, int8, measure } in entries {
+    for Entry { name, shape, model: of, arithmetic, measure } in entries {
         if !json && of != model {
             model = of;
             out::print(&format!("{model}\n"))?;
         }
         let (mut seconds, cost, cold) = measure(args.samples)?;
         seconds.sort_by(f64::total_cmp);
-        let (peaks, first) = roofs.of(int8, cold);
+        let (peaks, first) = roofs.of(arithmetic, cold);
         let row = Row::new(&seconds, cost, peaks, first);
         best = best.max(row.roof);
         out::print(&if json { row.json([name, &shape, of, device]) } else { row.text(name, &shape) })?;
@@ -267,7 +285,7 @@ mod tests {
     #[test]
     fn operations_of_training_are_rows() {
         let filter = vec!["column_sums".into(), "zero".into(), "scatter".into()];
-        let args = BenchKernelsArgs { filter, large: false, weights: None, samples: 2 };
+        let args = BenchKernelsArgs { filter, large: false, training: false, weights: None, samples: 2 };
         let entries = training(&Naive, TrainSetup::default(), &args).unwrap();
         assert_eq!(entries.iter().map(|e| e.name).collect::<Vec<_>>(), ["scatter_rows", "zero", "column_sums"]);
         for e in entries {

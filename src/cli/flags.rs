@@ -275,6 +275,9 @@ pub(super) struct BenchKernelsArgs {
     /// Also the sizes of models that need gigabytes: Llama-3-8B, Llama-3.2-1B, Qwen2.5-7B, Qwen3-0.6B.
     #[arg(long)]
     pub large: bool,
+    /// The operations of training instead of those of decoding.
+    #[arg(long)]
+    pub training: bool,
     /// Type of all weights, instead of those in which each model is mostly met: bf16, q8_0, q4_0, q4_1, q4_k, q6_k, ...
     #[arg(long)]
     pub weights: Option<String>,

@@ -1,5 +1,7 @@
 //! [`Cpu`]: the ops of [`Backend`] on this machine's cores.
 
+use std::sync::Mutex;
+
 use super::attention::{SegView, attention};
 use super::gemm::GemmScratch;
 use super::kv::CpuKv;
@@ -23,6 +25,8 @@ pub struct Cpu {
     pub(super) compute: Compute,
     pub(super) gemm: GemmScratch,
     pub(super) arena: Arena,
+    /// Sums of attention's gradients, kept from call to call.
+    pub(super) sums: Mutex<Vec<f32>>,
     scratch: Scratch,
 }
 
@@ -30,8 +34,8 @@ impl Cpu {
     /// A backend of `threads` threads that uses `tier`, which must be among [`Tier::available`].
     pub fn with(threads: usize, tier: Tier, compute: Compute) -> Self {
         assert!(tier <= Tier::detect(), "this machine has no {tier} instructions");
-        let (gemm, arena, scratch) = Default::default();
-        Self { pool: Pool::new(threads), tier, compute, gemm, arena, scratch }
+        let (gemm, arena, sums, scratch) = Default::default();
+        Self { pool: Pool::new(threads), tier, compute, gemm, arena, sums, scratch }
     }
 
     /// Its threads.

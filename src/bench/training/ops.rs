@@ -150,6 +150,11 @@ impl TrainOp {
         self
     }
 
+    /// Whether it is, in the main, a product of large matrices.
+    pub fn multiplies_matrices(&self) -> bool {
+        matches!(self, LinearFwd { .. } | LinearBwdX { .. } | LinearBwdW { .. }) || self.attn().is_some()
+    }
+
     /// The part of attention, where there is one.
     pub fn attn(&self) -> Option<&SelfAttn> {
         match self {

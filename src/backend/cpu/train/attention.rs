@@ -2,6 +2,7 @@
 //! may see are one product, and so is each gradient. The query heads that share a key head are rows of one product.
 
 use std::cell::RefCell;
+use std::sync::PoisonError;
 
 use super::super::Cpu;
 use super::super::gemm::{Operand, Shape, Store, gemm};
@@ -205,7 +206,8 @@ impl Cpu {
         check_equal("attend_bwd: values", dv.len(), k.len())?;
         // Block i adds to part i mod PARTS of the sums over queries; parts are added in order, so that threads change nothing.
         let parts = rows.div_ceil(BLOCK).min(PARTS);
-        let mut sums = vec![0.0; 2 * parts * k.len()];
+        let mut buffer = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let sums = first(&mut buffer, 2 * parts * k.len());
         let mut work: Vec<(Vec<(usize, &mut [f32])>, &mut [f32])> =
             sums.chunks_mut(2 * k.len().max(1)).map(|s| (Vec::new(), s)).collect();
         for (i, dq) in dq.chunks_mut(BLOCK * width).enumerate() {
@@ -213,6 +215,7 @@ impl Cpu {
         }
         self.pool().run_chunks(&mut work, 1, |_, w| {
             for (blocks, sums) in w {
+                sums.fill(0.0);
                 let (dk, dv) = sums.split_at_mut(k.len());
                 for (at, dq) in blocks {
                     let (at, n) = (*at, dq.len() / width);
@@ -292,7 +295,10 @@ impl Kernel for Softmax<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
         let Self { p, block, row } = self;
-        let max = block.seen(row).fold(f32::NEG_INFINITY, |m, r| m.max(greatest(s, &p[r])));
+        let mut max = f32::NEG_INFINITY;
+        for r in block.seen(row) {
+            max = max.max(greatest(s, &p[r]));
+        }
         let (mut at, mut acc, top) = (0, s.splat(0.0), s.splat(max));
         for r in block.seen(row) {
             p[at..r.start].fill(0.0);
@@ -329,7 +335,12 @@ impl Kernel for Gradient<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { p, s: ds, y, dy, lse, scale, block, row } = self;
-        let delta: f32 = y.iter().zip(dy).map(|(y, dy)| y * dy).sum();
+        let mut products = s.splat(0.0);
+        for (y, dy) in y.chunks(S::N).zip(dy.chunks(S::N)) {
+            let load = |v: &[f32]| if v.len() == S::N { s.load(v) } else { s.load_part(v, 0.0) };
+            products = s.fma(load(y), load(dy), products);
+        }
+        let delta = s.sum(products);
         let (lse, delta, scale) = (s.splat(lse), s.splat(delta), s.splat(scale));
         let mut at = 0;
         for r in block.seen(row) {

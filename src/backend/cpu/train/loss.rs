@@ -2,7 +2,7 @@
 
 use super::super::lanes::math::exp;
 use super::super::lanes::{Kernel, Simd, dispatch};
-use super::super::logits::logits_stats;
+use super::super::logits::{greatest, logits_stats};
 use super::super::rows::each_vector;
 use super::super::{Cpu, Tier};
 use super::rows::each_row;
@@ -26,6 +26,54 @@ impl Kernel for Exp<'_> {
     }
 }
 
+/// z = e^(z - max); returns max and the sum, in f64 over runs that are short enough for f32.
+struct Weigh<'a>(&'a mut [f32]);
+
+impl Kernel for Weigh<'_> {
+    type Out = (f32, f64);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> (f32, f64) {
+        let max = greatest(s, self.0);
+        let (top, mut sum) = (s.splat(max), 0.0f64);
+        for z in self.0.chunks_mut(16 * S::N) {
+            let mut acc = s.splat(0.0);
+            for z in z.chunks_mut(S::N) {
+                if z.len() == S::N {
+                    let e = exp(s, s.sub(s.load(z), top));
+                    acc = s.add(acc, e);
+                    s.store(e, z);
+                } else {
+                    let e = exp(s, s.sub(s.load_part(z, f32::NEG_INFINITY), top));
+                    acc = s.add(acc, e);
+                    s.store_part(e, z);
+                }
+            }
+            sum += f64::from(s.sum(acc));
+        }
+        (max, sum)
+    }
+}
+
+struct Scale<'a>(&'a mut [f32], f32);
+
+impl Kernel for Scale<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (z, by) = (self.0, s.splat(self.1));
+        each_vector!(s, z, [z], s.mul(z, by));
+    }
+}
+
+/// Cross-entropy with one right token, which most rows of most runs ask for: two passes over the row.
+fn hard(tier: Tier, id: usize, z: &mut [f32], weight: f32) -> f64 {
+    let right = f64::from(z[id]);
+    let (max, sum) = dispatch(tier, Weigh(z));
+    dispatch(tier, Scale(z, (f64::from(weight) / sum) as f32));
+    z[id] -= weight;
+    f64::from(max) + sum.ln() - right
+}
+
 /// z = softmax(z / tau).
 fn softmax(tier: Tier, z: &mut [f32], tau: f32) {
     if tau != 1.0 {
@@ -46,6 +94,9 @@ fn relative(x: f64, y: f64) -> f64 {
 
 /// Loss of row `row`; z becomes the gradient times `weight`.
 fn loss(tier: Tier, target: &Target<'_, Cpu>, row: usize, z: &mut [f32], weight: f32) -> f64 {
+    if let Target::Hard(ids) = target {
+        return hard(tier, ids[row] as usize, z, weight);
+    }
     let n = z.len();
     let stats = logits_stats(tier, z);
     let lse = stats.lse;
@@ -57,13 +108,7 @@ fn loss(tier: Tier, target: &Target<'_, Cpu>, row: usize, z: &mut [f32], weight:
         dispatch(tier, Exp { z, max: stats.max, scale });
     };
     match *target {
-        Target::Hard(ids) => {
-            let id = ids[row] as usize;
-            let value = lse - f64::from(z[id]);
-            scaled(z, w);
-            z[id] -= weight;
-            value
-        }
+        Target::Hard(_) => unreachable!("computed above"),
         Target::Soft(p) | Target::ForwardKl(p) => {
             let p = &p[at];
             let total = p.iter().map(|&p| f64::from(p)).sum::<f64>();
