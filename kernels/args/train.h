@@ -1,0 +1,191 @@
+// What training needs beyond a forward pass: backward of rows, losses, optimisers. Launches: end of this file.
+#pragma once
+
+// Of y = rms_norm(x): with u = w dy and s = 1 / sqrt(mean(x^2) + eps), dx (+)= s (u - x s^2 mean(u x)). Zhang & Sennrich 2019,
+// arXiv:1910.07467.
+ARGS(RmsNormBwd) {
+  InOut<float> dx;      // [rows, d] align 4
+  Out<float> inverse;   // [rows] align 4 - s, as ColumnSums takes it
+  In<float> dy;         // [rows, d] align 4
+  In<float> x;          // [rows, d] align 4
+  In<float> w;          // [d] align 4
+  u32 rows;             // >= 1
+  u32 d;                // >= 1
+  float eps;            // >= 0
+  u32 add;              // <= 1 - whether dx keeps what it was
+};
+
+// parts[c, i] = sum over rows c * 64 .. of dy[r, i], each times x[r, i] inverse[r] if there is an x: a bias, or the weight of a norm.
+ARGS(ColumnSums) {
+  In<float> dy;         // [rows, d] align 4
+  In<float> x;          // [has_x, rows, d] align 4
+  In<float> inverse;    // [has_x, rows] align 4
+  Out<float> parts;     // [(rows + 63) / 64, d] align 4
+  u32 rows;             // >= 1
+  u32 d;                // >= 1
+  u32 has_x;            // <= 1
+};
+
+// y += the sum of the parts, in their order.
+ARGS(Fold) {
+  In<float> parts;      // [chunks, n] align 4
+  InOut<float> y;       // [n] align 4
+  u32 chunks;           // >= 1
+  u32 n;                // >= 1
+};
+
+// Of z = act(gate) up: dgate = dz up act'(gate), dup = dz act(gate); act 0 is SiLU, 1 GELU in its tanh form.
+ARGS(GluBwd) {
+  Out<float> dgate;     // [n] align 4
+  Out<float> dup;       // [n] align 4
+  In<float> dz;         // [n] align 4
+  In<float> gate;       // [n] align 4
+  In<float> up;         // [n] align 4
+  u32 n;                // >= 1
+  u32 act;              // <= 1
+};
+
+// dx[index[i]] += dy[i].
+ARGS(ScatterRows) {
+  InOut<float> dx;      // [into, d] align 4
+  In<float> dy;         // [rows, d] align 4
+  In<u32> index;        // [rows] align 4 - below into, all different
+  u32 into;             // >= 1
+  u32 rows;             // >= 1
+  u32 d;                // >= 1
+};
+
+// dtable[tokens[t]] += scale dx[r] for the rows r = order[starts[t]] .. order[starts[t + 1] - 1], in that order.
+ARGS(EmbedBwd) {
+  InOut<float> dtable;  // [vocab, d] align 4
+  In<float> dx;         // [rows, d] align 4
+  In<u32> tokens;       // [distinct] align 4 - below vocab, all different
+  In<u32> starts;       // [(distinct + 1)] align 4 - ascending to rows
+  In<u32> order;        // [rows] align 4 - below rows
+  u32 vocab;            // >= 1
+  u32 rows;             // >= 1
+  u32 distinct;         // >= 1
+  u32 d;                // >= 1
+  float scale;
+};
+
+// y = x.
+ARGS(Copy) {
+  Out<float> y;         // [n] align 4
+  In<float> x;          // [n] align 4
+  u32 n;                // >= 1
+};
+
+// x = 0.
+ARGS(Zero) {
+  Out<float> x;         // [n] align 4
+  u32 n;                // >= 1
+};
+
+// y += a x.
+ARGS(Axpy) {
+  InOut<float> y;       // [n] align 4
+  In<float> x;          // [n] align 4
+  u32 n;                // >= 1
+  float a;
+};
+
+// Parts of sum x^2.
+ARGS(SquareSums) {
+  In<float> x;          // [n] align 4
+  Out<float> parts;     // [blocks] align 4
+  u32 n;                // >= 1
+  u32 blocks;           // >= 1 - of the launch
+};
+
+// w = values, rounded.
+ARGS(SetBf16) {
+  Out<bf16_t> w;        // [n] align 2
+  In<float> values;     // [n] align 4
+  u32 n;                // >= 1
+};
+
+// x = softmax(x / tau), row by row.
+ARGS(SoftmaxRows) {
+  InOut<float> x;       // [rows, vocab] align 4
+  u32 rows;             // >= 1
+  u32 vocab;            // >= 1
+  float tau;            // > 0
+};
+
+// One step of an optimiser, in place. With g' = scale g and prox(w) = r + soft(w - r, l1), r the reference or 0:
+//   no states   u = g': SGD
+//   m           u = m = beta1 m + g': momentum
+//   m, v        u = correct1 m / (sqrt(correct2 v) + eps): AdamW. Loshchilov & Hutter 2019, arXiv:1711.05101
+// w = prox(w - lr (u + decay w)); with an anchor: anchor = prox(anchor - lr (u + decay anchor)), w = anchor - lr u, optimistic descent.
+// Rakhlin & Sridharan 2013, arXiv:1208.3728.
+ARGS(Optimize) {
+  InOut<float> w;       // [n] align 4
+  In<float> g;          // [n] align 4
+  InOut<float> m;       // [has_m, n] align 4
+  InOut<float> v;       // [has_v, n] align 4
+  InOut<float> anchor;  // [has_anchor, n] align 4
+  In<float> reference;  // [has_reference, n] align 4
+  u32 n;                // >= 1
+  u32 has_m;            // <= 1
+  u32 has_v;            // <= 1
+  u32 has_anchor;       // <= 1
+  u32 has_reference;    // <= 1
+  float lr;
+  float decay;
+  float scale;
+  float l1;             // >= 0
+  float beta1;
+  float beta2;
+  float eps;
+  float correct1;       // - 1 / (1 - beta1^step)
+  float correct2;       // - 1 / (1 - beta2^step)
+};
+
+// The loss of each row of logits z, q = softmax(z), which become its gradient times the row's weight, 0 where that is 0.
+//   kind 0  -ln q[id]                         kind 4  1/2 sum |p - q|
+//   kind 1  -sum p ln q                       kind 5  -sum p ln q over k tokens, and with `tail` the rest as one more
+//   kind 2  sum p ln(p / q)                   kind 6  entropy of softmax(z / tau) where the likeliest token is id, else 0
+//   kind 3  sum q ln(q / p)
+ARGS(LossRows) {
+  InOut<float> logits;  // [rows, vocab] align 4
+  Out<float> loss;      // [rows] align 4
+  In<float> weights;    // [rows] align 4
+  In<u32> ids;          // [rows, k] align 4 - below vocab; those of a row differ
+  In<float> top;        // [has_top, rows, k] align 4 - kind 5: p of the ids
+  In<float> p;          // [has_p, rows, vocab] align 4 - kinds 1 to 4
+  u32 rows;             // >= 1
+  u32 vocab;            // >= 1
+  u32 k;                // <= 1024 - 1 for kinds 0 and 6, 0 for kinds 1 to 4
+  u32 kind;             // <= 6
+  u32 has_top;          // <= 1
+  u32 has_p;            // <= 1
+  u32 tail;             // <= 1
+  float tau;            // > 0
+};
+
+// Mean over a row of d^2/2 where |d| < 1, else |d| - 1/2, d = x - target; dx is its gradient by x times the row's weight.
+ARGS(SmoothL1) {
+  Out<float> loss;      // [rows] align 4
+  Out<float> dx;        // [rows, d] align 4
+  In<float> x;          // [rows, d] align 4
+  In<float> target;     // [rows, d] align 4
+  In<float> weights;    // [rows] align 4
+  u32 rows;             // >= 1
+  u32 d;                // >= 1
+};
+
+// Launches. "up(a, b)" is a divided by b, rounded up; "any" is any number of blocks, 256 threads each: threads stride over what is left.
+//
+//   rms_norm_bwd   RmsNormBwd    grid (rows), block 256
+//   column_sums    ColumnSums    grid (up(d, 256), up(rows, 64)), block 256
+//   fold           Fold          grid any, block 256
+//   glu_bwd        GluBwd        grid any, block 256
+//   scatter_rows   ScatterRows   grid (rows), block 256
+//   embed_bwd      EmbedBwd      grid (distinct, up(d, 256)), block 256
+//   copy           Copy          grid any, block 256; and zero, axpy, set_bf16
+//   square_sums    SquareSums    grid (blocks), block 256; fix `blocks` by n alone
+//   softmax_rows   SoftmaxRows   grid (rows), block 256
+//   optimize       Optimize      grid any, block 256
+//   loss_rows      LossRows      grid (rows), block 1024 or any smaller power of two from 32; fix it by vocab alone
+//   smooth_l1      SmoothL1      grid (rows), block 256
