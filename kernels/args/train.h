@@ -175,6 +175,87 @@ ARGS(SmoothL1) {
   u32 d;                // >= 1
 };
 
+// Rows that use one matrix of an adapter. Groups follow one another in a pass and are cut into tiles of 8 rows, the last of a group
+// shorter; tiles are numbered through all groups.
+RECORD(LoraGroup) {
+  u64 matrix;   // address of A, [ranks, width], or B, [width, ranks]: f32
+  u32 first;    // its first row
+  u32 rows;     // at least 1
+  u32 tile;     // its first tile
+  float scale;  // on products with B
+};
+
+// h[r] = A x[r].
+ARGS(LoraShrink) {
+  In<LoraGroup> groups;  // [n] align 8
+  In<bf16_t> x;          // [rows, width] align 2
+  Out<float> h;          // [rows, ranks] align 4
+  u32 n;                 // >= 1
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 ranks;             // >= 1
+};
+
+// y[r] += scale B h[r, first ..], of `ranks` columns of h from `first` on.
+ARGS(LoraExpand) {
+  In<LoraGroup> groups;  // [n] align 8
+  In<float> h;           // [rows, stride] align 4
+  InOut<float> y;        // [rows, width] align 4
+  u32 n;                 // >= 1
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 stride;            // >= 1
+  u32 first;             // - first + ranks <= stride
+  u32 ranks;             // >= 1
+};
+
+// dh[r, first ..] = scale B^T dy[r].
+ARGS(LoraExpandBwd) {
+  In<LoraGroup> groups;  // [n] align 8
+  In<float> dy;          // [rows, width] align 4
+  InOut<float> dh;       // [rows, stride] align 4
+  u32 n;                 // >= 1
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 stride;            // >= 1
+  u32 first;             // - first + ranks <= stride
+  u32 ranks;             // >= 1
+};
+
+// dx[r] += A^T dh[r].
+ARGS(LoraShrinkBwd) {
+  In<LoraGroup> groups;  // [n] align 8
+  In<float> dh;          // [rows, ranks] align 4
+  InOut<float> dx;       // [rows, width] align 4
+  u32 n;                 // >= 1
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 ranks;             // >= 1
+};
+
+// Parts of db[o, i] = scale sum_r dy[r, o] h[r, first + i], of 256 rows each.
+ARGS(LoraBwdB) {
+  In<float> dy;          // [rows, width] align 4
+  In<float> h;           // [rows, stride] align 4
+  Out<float> parts;      // [(rows + 255) / 256, width, ranks] align 4
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 stride;            // >= 1
+  u32 first;             // - first + ranks <= stride
+  u32 ranks;             // >= 1
+  float scale;
+};
+
+// Parts of da[i, c] = sum_r dh[r, i] x[r, c], of 256 rows each.
+ARGS(LoraBwdA) {
+  In<float> dh;          // [rows, ranks] align 4
+  In<bf16_t> x;          // [rows, width] align 2
+  Out<float> parts;      // [(rows + 255) / 256, ranks, width] align 4
+  u32 rows;              // >= 1
+  u32 width;             // >= 1
+  u32 ranks;             // >= 1
+};
+
 // Launches. "up(a, b)" is a divided by b, rounded up; "any" is any number of blocks, 256 threads each: threads stride over what is left.
 //
 //   rms_norm_bwd   RmsNormBwd    grid (rows), block 256
@@ -189,3 +270,6 @@ ARGS(SmoothL1) {
 //   optimize       Optimize      grid any, block 256
 //   loss_rows      LossRows      grid (rows), block 1024 or any smaller power of two from 32; fix it by vocab alone
 //   smooth_l1      SmoothL1      grid (rows), block 256
+//   lora_shrink, lora_expand_bwd     grid (tiles, up(ranks, 4)), block 256
+//   lora_expand, lora_shrink_bwd     grid (tiles, up(width, 256)), block 256
+//   lora_bwd_b, lora_bwd_a           grid (up(width, 256), up(ranks, 16), up(rows, 256)), block 256; then fold over the parts
