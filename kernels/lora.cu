@@ -10,9 +10,6 @@
 namespace lora {
 constexpr u32 THREADS = 256, TILE = 8, FEW = 4, RANKS = 16, CHUNK = 256, DEEP = 64;
 
-DEVICE float widen(float v) { return v; }
-DEVICE float widen(bf16_t v) { return gpu::to_f32(v); }
-
 struct Tile {
   const float* matrix;
   u32 row, rows;

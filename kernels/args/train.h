@@ -256,6 +256,46 @@ ARGS(LoraBwdA) {
   u32 ranks;             // >= 1
 };
 
+// dx[r, i] (+)= sum_o dy[r, o] w[o, i], of plain weights of `bytes` bytes.
+ARGS(LinearBwdX) {
+  InOut<float> dx;   // [rows, inputs] align 4
+  In<float> dy;      // [rows, outputs] align 4
+  In<uint8_t> w;     // [outputs, inputs, bytes] align 4
+  u32 rows;          // >= 1
+  u32 inputs;        // >= 1
+  u32 outputs;       // >= 1
+  u32 bytes;         // >= 2, <= 4
+  u32 add;           // <= 1 - whether dx keeps what it was
+};
+
+// The same of weights in blocks, packed as rt/quant.cuh says; words of a tile in each plane.
+ARGS(LinearBwdXBlocks) {
+  InOut<float> dx;   // [rows, inputs] align 4
+  In<float> dy;      // [rows, outputs] align 4
+  In<u32> quants;    // [(outputs + 15) / 16, (inputs + 63) / 64, quant_words] align 4
+  In<u32> high;      // [(outputs + 15) / 16, (inputs + 63) / 64, high_words] align 4
+  In<u32> scales;    // [(outputs + 15) / 16, (inputs + 63) / 64, scale_words] align 4
+  In<u32> supers;    // [(outputs + 15) / 16, inputs / 256, super_words] align 4
+  u32 rows;          // >= 1
+  u32 inputs;        // >= 32, % 32 == 0
+  u32 outputs;       // >= 1
+  u32 quant_words;
+  u32 high_words;
+  u32 scale_words;
+  u32 super_words;
+  u32 add;           // <= 1
+};
+
+// dw[o, i] += sum_r dy[r, o] x[r, i].
+ARGS(LinearBwdW) {
+  InOut<float> dw;   // [outputs, inputs] align 4
+  In<float> dy;      // [rows, outputs] align 4
+  In<bf16_t> x;      // [rows, inputs] align 2
+  u32 rows;          // >= 1
+  u32 inputs;        // >= 1
+  u32 outputs;       // >= 1
+};
+
 // Launches. "up(a, b)" is a divided by b, rounded up; "any" is any number of blocks, 256 threads each: threads stride over what is left.
 //
 //   rms_norm_bwd   RmsNormBwd    grid (rows), block 256
@@ -273,3 +313,6 @@ ARGS(LoraBwdA) {
 //   lora_shrink, lora_expand_bwd     grid (tiles, up(ranks, 4)), block 256
 //   lora_expand, lora_shrink_bwd     grid (tiles, up(width, 256)), block 256
 //   lora_bwd_b, lora_bwd_a           grid (up(width, 256), up(ranks, 16), up(rows, 256)), block 256; then fold over the parts
+//   linear_bwd_x_FORMAT_T     grid (up(rows, T), up(inputs, T)), block 256; LinearBwdX for bf16, f16, f32, LinearBwdXBlocks for q8_0, q4_0,
+//                             q4_1, q4_k, q6_k. T is 64 or 128, with the same bits; operands are rounded to bf16.
+//   linear_bwd_w_T            LinearBwdW, grid (up(outputs, T), up(inputs, T)), block 256, alike
