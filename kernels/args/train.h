@@ -296,6 +296,56 @@ ARGS(LinearBwdW) {
   u32 outputs;       // >= 1
 };
 
+// Attention of packed rows: y[i, h] = sum_j p_ij v[j], p = softmax_j(scale q[i, h].k[j]) over the rows j that row i sees, and lse, the
+// logarithm of the softmax's denominator. Head h reads kv head h / group. Tiles are of 64 rows; the table of a query tile lists the
+// key tiles in which any of its rows sees any, ascending: twice the tile's number, and 1 more where all rows see all.
+ARGS(TrainAttend) {
+  In<float> q;         // [rows, kv_heads, group, head_dim] align 16
+  In<float> k;         // [rows, kv_heads, head_dim] align 16
+  In<float> v;         // [rows, kv_heads, head_dim] align 16
+  In<u32> ranges;      // [sights, 2] align 4 - rows seen: first, one behind the last; row after row, ascending and apart
+  In<u32> ends;        // [rows] align 4 - ranges up to and with each row's
+  In<u32> tiles;       // [visits] align 4
+  In<u32> tile_ends;   // [(rows + 63) / 64] align 4 - entries up to and with each query tile's
+  Out<bf16_t> y;       // [rows, kv_heads, group, head_dim] align 4
+  Out<float> lse;      // [rows, kv_heads, group] align 4
+  u32 rows;            // >= 1
+  u32 kv_heads;        // >= 1
+  u32 group;           // >= 1 - query heads of a kv head
+  u32 head_dim;        // >= 8, % 8 == 0
+  u32 sights;          // >= 1
+  u32 visits;          // >= 1
+  float scale;
+};
+
+// Its backward. With p_ij = exp(scale q_i.k_j - lse_i), D_i = dy_i.y_i, s_ij = scale p_ij (dy_i.v_j - D_i): dq_i = sum_j s_ij k_j,
+// dk_j = sum_i s_ij q_i, dv_j = sum_i p_ij dy_i, keys and values over the heads that share them. Dao 2023, arXiv:2307.08691.
+ARGS(TrainAttendBwd) {
+  Out<float> dq;       // [rows, kv_heads, group, head_dim] align 8
+  Out<float> dk;       // [rows, kv_heads, head_dim] align 8
+  Out<float> dv;       // [rows, kv_heads, head_dim] align 8
+  InOut<float> delta;  // [rows, kv_heads, group] align 4 - D
+  In<float> dy;        // [rows, kv_heads, group, head_dim] align 16
+  In<bf16_t> y;        // [rows, kv_heads, group, head_dim] align 2
+  In<float> lse;       // [rows, kv_heads, group] align 4
+  In<float> q;         // [rows, kv_heads, group, head_dim] align 16
+  In<float> k;         // [rows, kv_heads, head_dim] align 16
+  In<float> v;         // [rows, kv_heads, head_dim] align 16
+  In<u32> ranges;      // [sights, 2] align 4
+  In<u32> ends;        // [rows] align 4
+  In<u32> tiles;       // [visits] align 4
+  In<u32> tile_ends;   // [(rows + 63) / 64] align 4
+  In<u32> turned;      // [visits] align 4 - the same by key tile: twice the query tile's number, ascending, and 1 more where all see all
+  In<u32> turned_ends; // [(rows + 63) / 64] align 4
+  u32 rows;            // >= 1
+  u32 kv_heads;        // >= 1
+  u32 group;           // >= 1
+  u32 head_dim;        // >= 8, % 8 == 0
+  u32 sights;          // >= 1
+  u32 visits;          // >= 1
+  float scale;
+};
+
 // Launches. "up(a, b)" is a divided by b, rounded up; "any" is any number of blocks, 256 threads each: threads stride over what is left.
 //
 //   rms_norm_bwd   RmsNormBwd    grid (rows), block 256
@@ -316,3 +366,14 @@ ARGS(LinearBwdW) {
 //   linear_bwd_x_FORMAT_T     grid (up(rows, T), up(inputs, T)), block 256; LinearBwdX for bf16, f16, f32, LinearBwdXBlocks for q8_0, q4_0,
 //                             q4_1, q4_k, q6_k. T is 64 or 128, with the same bits; operands are rounded to bf16.
 //   linear_bwd_w_T            LinearBwdW, grid (up(outputs, T), up(inputs, T)), block 256, alike
+//
+//   train_attend_D    TrainAttend, D: 64, 96, 128, 256 or any, for that head_dim; grid (up(rows, 64), kv_heads * group, slices), block 128
+//       shared memory 2 * ((64 + W) * ld + W * (S + 8)) + 512 bytes, ld = up(head_dim, 16) * 16 + 8
+//   attend_delta      TrainAttendBwd; grid (up(rows * kv_heads * group, 4)), block 128; before the other two
+//   attend_dq_D       TrainAttendBwd; grid as train_attend_D; shared memory 2 * (128 + 2 * W) * ld + 512
+//   attend_dkv_D      TrainAttendBwd; grid (up(rows, 64), kv_heads, slices), block 128; shared memory 2 * (128 + 2 * W) * ld + 16 * W
+//       A block makes S columns of its results, slices = up(head_dim, S), and takes W rows at a time:
+//       D            64   96   128   256   any
+//       S            64   96   128   128   64
+//       W, forward   64   64   64    32    16
+//       W, backward  32   32   32    16    16
