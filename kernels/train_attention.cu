@@ -258,7 +258,7 @@ KERNEL(attend_delta, TrainAttendBwd, 128) {
 #define HEAD(name, D, S, FORWARD, BACKWARD)                                                                            \
   KERNEL(train_attend_##name, TrainAttend, 128) { train_attention::forward<D, S, FORWARD>(a); }                       \
   KERNEL(attend_dq_##name, TrainAttendBwd, 128) { train_attention::dq<D, S, BACKWARD>(a); }                           \
-  KERNEL(attend_dkv_##name, TrainAttendBwd, 128) { train_attention::dkv<D, S, BACKWARD>(a); }
+  KERNEL(attend_dkv_##name, TrainAttendBwd, 128, 2) { train_attention::dkv<D, S, BACKWARD>(a); }
 HEAD(64, 64, 64, 64, 32)
 HEAD(96, 96, 96, 64, 32)
 HEAD(128, 128, 128, 64, 32)
