@@ -229,3 +229,107 @@ impl Cuda {
         self.launch(head.dkv, args, [blocks, spec.kv_heads, slices], 128, keys)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::TreeMask;
+
+    #[test]
+    fn tiles_are_those_that_are_seen() {
+        let mut split = Visible::new();
+        (0..150).for_each(|i| split.push(&[[0, 30], [30, 64], [130 + i / 75, 140]]).unwrap());
+        let tree =
+            TreeMask::new(&(0..150).map(|i| if i % 7 == 0 { TreeMask::ROOT } else { i - 1 }).collect::<Vec<_>>());
+        let masks = [
+            Visible::causal(&[100, 60, 200], None),
+            Visible::causal(&[300], Some(70)),
+            Visible::full(&[128, 64]),
+            Visible::blocks(&[200], 32),
+            Visible::tree(&tree.unwrap()),
+            split,
+        ];
+        for mask in masks {
+            let rows = mask.rows();
+            for (side, lists) in tiles(&mask).into_iter().enumerate() {
+                for (x, list) in lists.into_iter().enumerate() {
+                    let mut want = Vec::new();
+                    for y in 0..rows.div_ceil(TILE) {
+                        let (queries, keys) = if side == 0 { (x, y) } else { (y, x) };
+                        let of = |tile: usize| tile * TILE..(tile + 1) * TILE;
+                        let sees = |i: usize, j: usize| i < rows && j < rows && mask.sees(i, j);
+                        let seen = of(queries).flat_map(|i| of(keys).map(move |j| (i, j))).filter(|&(i, j)| sees(i, j));
+                        match seen.count() {
+                            0 => {}
+                            n => want.push((2 * y + usize::from(n == TILE * TILE)) as u32),
+                        }
+                    }
+                    // What two ranges of a row cover together may be taken for covered in part: it is only slower.
+                    let both = mask.row(0).len() > 1;
+                    let list: Vec<u32> = if both { list.iter().map(|n| n & !1).collect() } else { list };
+                    let want: Vec<u32> = if both { want.iter().map(|n| n & !1).collect() } else { want };
+                    assert_eq!(list, want, "{rows} rows, side {side}, tile {x}");
+                }
+            }
+        }
+    }
+
+    /// Heads wider than those of the table of ops: the host's sizes of shared memory and slices.
+    #[cfg(feature = "emu")]
+    #[test]
+    fn wide_heads() {
+        use crate::backend::{Backend, Train, naive::Naive};
+        fn run<B: Train>(be: &B, spec: &AttnSpec, mask: &Visible) -> Vec<Vec<f32>> {
+            let (rows, q, kv) = (mask.rows(), mask.rows() * spec.q_dim(), mask.rows() * spec.kv_dim());
+            let mut rng = crate::rng::Rng::new(spec.head_dim as u64);
+            let mut input = |n: usize| {
+                // Values that bf16 has.
+                let x: Vec<f32> = (0..n).map(|_| bf16::from_f32(rng.normal()).to_f32()).collect();
+                let mut b = be.alloc(n).unwrap();
+                be.upload_acc(b.head_mut(n), &x).unwrap();
+                b
+            };
+            let (qs, ks, vs, dy) = (input(q), input(kv), input(kv), input(q));
+            let (mut y, mut lse) = (be.alloc(q).unwrap(), be.alloc(rows * spec.heads).unwrap());
+            let (mut dq, mut dk, mut dv) = (be.alloc(q).unwrap(), be.alloc(kv).unwrap(), be.alloc(kv).unwrap());
+            let n = rows * spec.heads;
+            be.attend(y.head_mut(q), lse.head_mut(n), qs.head(q), ks.head(kv), vs.head(kv), mask, spec).unwrap();
+            be.attend_bwd(
+                dq.head_mut(q),
+                dk.head_mut(kv),
+                dv.head_mut(kv),
+                dy.head(q),
+                y.head(q),
+                lse.head(n),
+                qs.head(q),
+                ks.head(kv),
+                vs.head(kv),
+                mask,
+                spec,
+            )
+            .unwrap();
+            let get = |(b, n): (&B::Buf<B::Acc>, usize)| {
+                let mut out = vec![0.0; n];
+                be.download_acc(b.head(n), &mut out).unwrap();
+                out
+            };
+            [(&lse, n), (&dq, q), (&dk, kv), (&dv, kv)].into_iter().map(get).collect()
+        }
+        let cuda = Cuda::emulated().unwrap();
+        for head_dim in [136, 256] {
+            let spec = AttnSpec { heads: 2, kv_heads: 1, head_dim, scale: 0.06, window: None };
+            let mask = Visible::causal(&[3, 70], None);
+            for (want, got) in run(&Naive, &spec, &mask).into_iter().zip(run(&cuda, &spec, &mask)) {
+                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+                let error = want.iter().zip(got).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+                assert!(error <= size / 64.0, "heads of {head_dim}: off by {error} of {size}");
+            }
+        }
+        let far = AttnSpec { heads: 1, kv_heads: 1, head_dim: 1 << 12, scale: 1.0, window: None };
+        let (mut y, mut lse) = (cuda.alloc::<bf16>(1 << 12).unwrap(), cuda.alloc::<f32>(1).unwrap());
+        let x = cuda.alloc::<f32>(1 << 12).unwrap();
+        let all = || x.all();
+        let e = cuda.attend(y.all_mut(), lse.all_mut(), all(), all(), all(), &Visible::full(&[1]), &far).unwrap_err();
+        assert!(e.to_string().contains("shared memory"), "{e}");
+    }
+}
