@@ -360,3 +360,39 @@ impl Train for Cuda {
         self.launch(k::OPTIMIZE, args, spread(n), THREADS, 0)
     }
 }
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::GraphStats;
+
+    /// Tables that differ from op to op are not sent again: else they would cut the step into pieces too short for a graph.
+    #[test]
+    fn a_step_that_comes_again_is_a_graph() {
+        let cuda = Cuda::emulated().unwrap();
+        let (rows, d, ranks, layers) = (5, 8, 2, 4);
+        let mut adapters = cuda.alloc::<f32>(2 * layers * ranks * d).unwrap();
+        let ones = vec![1.0; adapters.len()];
+        cuda.upload(adapters.all_mut(), &ones).unwrap();
+        let mut x = cuda.alloc::<bf16>(rows * d).unwrap();
+        cuda.upload(x.all_mut(), &vec![bf16::ONE; rows * d]).unwrap();
+        let (mut h, mut y) = (cuda.alloc::<f32>(rows * ranks).unwrap(), cuda.alloc::<f32>(rows * d).unwrap());
+        for _ in 0..4 {
+            for layer in 0..layers {
+                let matrix = |i: usize| adapters.view((2 * layer + i) * ranks * d..(2 * layer + i + 1) * ranks * d);
+                let groups = [(2, matrix(0), 0.5), (3, matrix(1), 0.25)];
+                let groups = groups.map(|(rows, matrix, scale)| Group { rows, matrix, scale });
+                cuda.lora_shrink(h.all_mut(), x.all(), ranks, &groups).unwrap();
+                cuda.lora_expand(y.all_mut(), h.all(), Ranks::all(ranks), &groups).unwrap();
+            }
+            cuda.synchronize().unwrap();
+        }
+        // The first step sends the tables, the second is seen for the first time.
+        assert_eq!(cuda.graph_stats(), GraphStats { captured: 1, replayed: 2, refused: 0 });
+        let mut got = vec![0.0; rows * d];
+        cuda.download(y.all(), &mut got).unwrap();
+        let each = (4 * layers * ranks * d) as f32;
+        let want: Vec<f32> = (0..rows * d).map(|i| each * if i < 2 * d { 0.5 } else { 0.25 }).collect();
+        assert_eq!(got, want);
+    }
+}
