@@ -5,3 +5,4 @@
 #include "peak.h"
 #include "rows.h"
 #include "sampling.h"
+#include "train.h"

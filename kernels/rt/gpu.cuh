@@ -32,3 +32,4 @@ typedef __half f16_t;
 #define DEVICE static __device__ __forceinline__
 #include "contract.cuh"
 #include "reduce.cuh"
+#include "widen.cuh"

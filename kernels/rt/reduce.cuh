@@ -19,3 +19,11 @@ DEVICE float block_sum(float v, float* part) {
   __syncthreads();
   return warp_sum(lane < warps ? part[lane] : 0.f);
 }
+// Greatest over a block, alike.
+DEVICE float block_max(float v, float* part) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  v = warp_max(v);
+  if (lane == 0) part[warp] = v;
+  __syncthreads();
+  return warp_max(lane < warps ? part[lane] : -INFINITY);
+}

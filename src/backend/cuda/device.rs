@@ -12,6 +12,7 @@ use cudarc::nvrtc::Ptx;
 use super::graph::{GraphStats, Graphs, Launch, Tape};
 use super::kernels::{self, Kernel};
 use super::memory::{CudaBuf, Dst, Src};
+use super::train::Sight;
 use super::{Args, images};
 use crate::dtype::Elem;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct Cuda {
     pub(super) stream: Arc<Stream>,
     small: Mutex<Small>,
+    pub(super) sights: Mutex<Vec<Arc<Sight>>>,
     pub(super) row_independent: bool,
 }
 
@@ -37,7 +39,7 @@ pub(super) struct Stream {
     multiprocessors: usize,
 }
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -126,7 +128,7 @@ impl Cuda {
         let (graphs, untold) = Default::default();
         let stream = Stream { graphs, untold, context, stream, recorder, functions, shared_memory, multiprocessors };
         let stream = Arc::new(stream);
-        Ok(Self { stream, small: Mutex::default(), row_independent: true })
+        Ok(Self { stream, small: Mutex::default(), sights: Mutex::default(), row_independent: true })
     }
 
     fn module(context: &Arc<CudaContext>, file: &str) -> Result<Arc<CudaModule>> {
@@ -194,7 +196,9 @@ impl Cuda {
 
     /// The small buffers; held until the launch that reads them is queued, so that no other thread writes in between.
     pub(super) fn small(&self) -> MutexGuard<'_, Small> {
-        lock(&self.small)
+        let mut small = lock(&self.small);
+        small.tidy();
+        small
     }
 
     /// Queues a kernel.
@@ -365,9 +369,16 @@ pub(super) enum Slot {
     Chances,
 }
 
+/// Bytes of tables that are kept.
+const TABLES: usize = 64 << 20;
+
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
-pub(super) struct Small([Entry; 13]);
+pub(super) struct Small {
+    entries: [Entry; 13],
+    tables: HashMap<Vec<u8>, CudaBuf<u8>>,
+    table_bytes: usize,
+}
 
 #[derive(Default)]
 struct Entry {
@@ -381,7 +392,7 @@ impl Small {
     pub fn put<T: Elem>(&mut self, stream: &Arc<Stream>, slot: Slot, data: &[T]) -> Result<Src<'static, T>> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         let dst = self.room::<T>(stream, slot, data.len())?;
-        let entry = &mut self.0[slot as usize];
+        let entry = &mut self.entries[slot as usize];
         if entry.sent != bytes {
             entry.sent.clear();
             if let Some(device) = &mut entry.device {
@@ -392,15 +403,34 @@ impl Small {
         Ok(Src::at(dst.address(), dst.len()))
     }
 
+    /// `data` on the device, kept under its content: tables of which a step has many, and the next one the same. They last while
+    /// the guard does.
+    pub fn table<T: Elem>(&mut self, stream: &Arc<Stream>, data: &[T]) -> Result<Src<'static, T>> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if !self.tables.contains_key(bytes) {
+            self.tables.insert(bytes.to_vec(), CudaBuf::of(stream, bytes)?);
+            self.table_bytes += bytes.len().max(256);
+        }
+        Ok(Src::at(self.tables[bytes].address(), data.len()))
+    }
+
+    /// Drops the tables when they are too many.
+    fn tidy(&mut self) {
+        if self.table_bytes > TABLES {
+            self.tables.clear();
+            self.table_bytes = 0;
+        }
+    }
+
     /// Takes `data` for sent: what a forgotten copy would be.
     #[cfg(all(test, feature = "emu"))]
     pub fn pretend<T: Elem>(&mut self, slot: Slot, data: &[T]) {
-        self.0[slot as usize].sent = bytemuck::cast_slice(data).to_vec();
+        self.entries[slot as usize].sent = bytemuck::cast_slice(data).to_vec();
     }
 
     /// Room for `n` elements, of any content.
     pub fn room<T: Elem>(&mut self, stream: &Arc<Stream>, slot: Slot, n: usize) -> Result<Dst<'static, T>> {
-        let entry = &mut self.0[slot as usize];
+        let entry = &mut self.entries[slot as usize];
         let bytes = n * size_of::<T>();
         let device = match entry.device.take() {
             Some(d) if crate::backend::Buffer::len(&d) >= bytes => d,

@@ -142,4 +142,71 @@ kernels! {
         PREFILL_128: Attention = "prefill_128";
         PREFILL_256: Attention = "prefill_256";
     }
+    "train_rows" {
+        RMS_NORM_BWD: RmsNormBwd = "rms_norm_bwd";
+        COLUMN_SUMS: ColumnSums = "column_sums";
+        FOLD: Fold = "fold";
+        GLU_BWD: GluBwd = "glu_bwd";
+        SCATTER_ROWS: ScatterRows = "scatter_rows";
+        EMBED_BWD: EmbedBwd = "embed_bwd";
+        COPY: Copy = "copy";
+        ZERO: Zero = "zero";
+        AXPY: Axpy = "axpy";
+        SET_BF16: SetBf16 = "set_bf16";
+        SQUARE_SUMS: SquareSums = "square_sums";
+        SOFTMAX_ROWS: SoftmaxRows = "softmax_rows";
+    }
+    "optim" {
+        OPTIMIZE: Optimize = "optimize";
+    }
+    "loss" {
+        LOSS_ROWS: LossRows = "loss_rows";
+        SMOOTH_L1: SmoothL1 = "smooth_l1";
+    }
+    "lora" {
+        LORA_SHRINK: LoraShrink = "lora_shrink";
+        LORA_EXPAND: LoraExpand = "lora_expand";
+        LORA_EXPAND_BWD: LoraExpandBwd = "lora_expand_bwd";
+        LORA_SHRINK_BWD: LoraShrinkBwd = "lora_shrink_bwd";
+        LORA_BWD_A: LoraBwdA = "lora_bwd_a";
+        LORA_BWD_B: LoraBwdB = "lora_bwd_b";
+    }
+    "train_gemm" {
+        LINEAR_BWD_X_BF16_64: LinearBwdX = "linear_bwd_x_bf16_64";
+        LINEAR_BWD_X_BF16_128: LinearBwdX = "linear_bwd_x_bf16_128";
+        LINEAR_BWD_X_F16_64: LinearBwdX = "linear_bwd_x_f16_64";
+        LINEAR_BWD_X_F16_128: LinearBwdX = "linear_bwd_x_f16_128";
+        LINEAR_BWD_X_F32_64: LinearBwdX = "linear_bwd_x_f32_64";
+        LINEAR_BWD_X_F32_128: LinearBwdX = "linear_bwd_x_f32_128";
+        LINEAR_BWD_X_Q8_0_64: LinearBwdXBlocks = "linear_bwd_x_q8_0_64";
+        LINEAR_BWD_X_Q8_0_128: LinearBwdXBlocks = "linear_bwd_x_q8_0_128";
+        LINEAR_BWD_X_Q4_0_64: LinearBwdXBlocks = "linear_bwd_x_q4_0_64";
+        LINEAR_BWD_X_Q4_0_128: LinearBwdXBlocks = "linear_bwd_x_q4_0_128";
+        LINEAR_BWD_X_Q4_1_64: LinearBwdXBlocks = "linear_bwd_x_q4_1_64";
+        LINEAR_BWD_X_Q4_1_128: LinearBwdXBlocks = "linear_bwd_x_q4_1_128";
+        LINEAR_BWD_X_Q4_K_64: LinearBwdXBlocks = "linear_bwd_x_q4_k_64";
+        LINEAR_BWD_X_Q4_K_128: LinearBwdXBlocks = "linear_bwd_x_q4_k_128";
+        LINEAR_BWD_X_Q6_K_64: LinearBwdXBlocks = "linear_bwd_x_q6_k_64";
+        LINEAR_BWD_X_Q6_K_128: LinearBwdXBlocks = "linear_bwd_x_q6_k_128";
+        LINEAR_BWD_W_64: LinearBwdW = "linear_bwd_w_64";
+        LINEAR_BWD_W_128: LinearBwdW = "linear_bwd_w_128";
+    }
+    "train_attention" {
+        ATTEND_DELTA: TrainAttendBwd = "attend_delta";
+        TRAIN_ATTEND_64: TrainAttend = "train_attend_64";
+        ATTEND_DQ_64: TrainAttendBwd = "attend_dq_64";
+        ATTEND_DKV_64: TrainAttendBwd = "attend_dkv_64";
+        TRAIN_ATTEND_96: TrainAttend = "train_attend_96";
+        ATTEND_DQ_96: TrainAttendBwd = "attend_dq_96";
+        ATTEND_DKV_96: TrainAttendBwd = "attend_dkv_96";
+        TRAIN_ATTEND_128: TrainAttend = "train_attend_128";
+        ATTEND_DQ_128: TrainAttendBwd = "attend_dq_128";
+        ATTEND_DKV_128: TrainAttendBwd = "attend_dkv_128";
+        TRAIN_ATTEND_256: TrainAttend = "train_attend_256";
+        ATTEND_DQ_256: TrainAttendBwd = "attend_dq_256";
+        ATTEND_DKV_256: TrainAttendBwd = "attend_dkv_256";
+        TRAIN_ATTEND_ANY: TrainAttend = "train_attend_any";
+        ATTEND_DQ_ANY: TrainAttendBwd = "attend_dq_any";
+        ATTEND_DKV_ANY: TrainAttendBwd = "attend_dkv_any";
+    }
 }

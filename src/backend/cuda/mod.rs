@@ -16,6 +16,7 @@ mod ops;
 mod pack;
 mod peaks;
 mod sampling;
+mod train;
 mod weight;
 
 use std::fmt::Display;
@@ -40,7 +41,7 @@ pub trait Args: Copy {
 
 /// Argument structs of all kernels, from `kernels/args/*.h`.
 // Generated: plain rather than pretty.
-#[allow(missing_docs, non_camel_case_types, clippy::all)]
+#[allow(missing_docs, non_camel_case_types, unused_parens, clippy::all)]
 pub mod args {
     include!(concat!(env!("OUT_DIR"), "/args.rs"));
 }

@@ -15,11 +15,11 @@ use crate::model::config::Activation;
 use crate::tensor::HostTensor;
 
 /// Threads of a block of the row operations.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Cache rows that one block of attention passes over. Fixed: it decides the order of sums.
 const KEY_CHUNK: usize = 256;
 
-fn rows_of(what: &'static str, len: usize, d: usize) -> Result<usize> {
+pub(super) fn rows_of(what: &'static str, len: usize, d: usize) -> Result<usize> {
     if d == 0 || !len.is_multiple_of(d) {
         bail!(Shape, "{what}: {len} elements are no rows of {d}");
     }
@@ -27,11 +27,11 @@ fn rows_of(what: &'static str, len: usize, d: usize) -> Result<usize> {
 }
 
 /// Blocks of an elementwise kernel that strides over what they leave.
-fn spread(n: usize) -> [usize; 3] {
+pub(super) fn spread(n: usize) -> [usize; 3] {
     [n.div_ceil(THREADS).min(4096), 1, 1]
 }
 
-fn number(act: Activation) -> u32 {
+pub(super) fn number(act: Activation) -> u32 {
     match act {
         Activation::Silu => 0,
         Activation::GeluTanh => 1,
@@ -46,7 +46,7 @@ fn few<A: Copy>(kernels: &[Kernel<A>; 4], rows: usize, outputs: usize, strip: us
 }
 
 impl Cuda {
-    fn rows_launch<A: super::Args>(&self, kernel: Kernel<A>, args: A, rows: usize) -> Result<()> {
+    pub(super) fn rows_launch<A: super::Args>(&self, kernel: Kernel<A>, args: A, rows: usize) -> Result<()> {
         self.launch(kernel, args, [rows, 1, 1], THREADS, 0)
     }
 

@@ -17,7 +17,7 @@ impl From<&Draw> for args::Draw {
 
 /// Threads of a block that owns a row: not more than quads in it, at most `most`. The results do not depend on it, but for the
 /// last bits of statistics.
-fn threads(vocab: usize, most: usize) -> usize {
+pub(super) fn threads(vocab: usize, most: usize) -> usize {
     (vocab / 4).next_power_of_two().clamp(32, most)
 }
 

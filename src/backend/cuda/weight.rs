@@ -57,6 +57,12 @@ impl CudaWeight {
         };
         Ok(Self { form, rows, cols, bytes })
     }
+
+    /// A matrix of zeros in bf16.
+    pub(super) fn trainable(stream: &Arc<Stream>, rows: usize, cols: usize) -> Result<Self> {
+        let form = Form::Bf16(CudaBuf::zeros(stream, rows * cols)?);
+        Ok(Self { form, rows, cols, bytes: 2 * rows * cols })
+    }
 }
 
 impl WeightInfo for CudaWeight {
