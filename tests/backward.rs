@@ -293,6 +293,16 @@ fn cpu_gradients_agree_with_the_specification() {
 }
 
 #[test]
+fn cuda_gradients_agree_with_the_specification() {
+    for name in FAMILIES {
+        if common::gpu().is_none() {
+            return;
+        }
+        agrees(name, "cuda", || common::gpu().unwrap(), 0.05);
+    }
+}
+
+#[test]
 fn threads_and_recompute_levels_change_no_bit_on_the_cpu() {
     for compute in [Compute::Exact, Compute::Fast] {
         let mut want = None;

@@ -2,6 +2,8 @@
 //! `tests/kernels.rs`: the greatest error is at most twice that of the specification re-run on inputs (and outputs) rounded to
 //! the types in which the backend keeps them, plus a term of f32 rounding that grows with the root of the longest sum.
 
+mod common;
+
 use std::collections::BTreeMap;
 
 use quadriga::backend::Train;
@@ -108,6 +110,12 @@ fn backends_meet_the_specification() {
             check(&format!("cpu {tier} fast, {threads} threads"), &Cpu::with(threads, tier, Compute::Fast), kept);
         }
     }
+}
+
+#[test]
+fn cuda_meets_the_specification_of_training() {
+    let Some(cuda) = common::gpu() else { return };
+    check("cuda", &cuda, Kept { linear: Storage::BF16, lora: Storage::F32, attention: Storage::BF16 });
 }
 
 /// The table has every operation of the trait, in both lists, and its rows run.

@@ -5,7 +5,7 @@
 //! one step; gradients of activations are set unless a [`Write`] says which. Sums over rows have a fixed order that depends on the number of rows only:
 //! the same seed gives the same bits on any number of threads.
 
-use super::{AttnSpec, Backend, In, Out, TreeMask};
+use super::{AttnSpec, Backend, Buffer, In, Out, TreeMask, WeightInfo};
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 
@@ -399,6 +399,45 @@ pub trait Train: Backend {
         visible: &Visible,
         spec: &AttnSpec,
     ) -> Result<()>;
+
+    /// [`Train::linear_fwd`] with a module of an adapter on it: y (+)= W x (+ bias) + scale B h\[part\], for one group of rows.
+    #[allow(clippy::too_many_arguments)]
+    fn linear_lora_fwd(
+        &self,
+        y: &mut Self::Buf<Self::Acc>,
+        x: In<'_, Self, Self::Act>,
+        w: &Self::Weight,
+        bias: Option<&Self::Buf<Self::Acc>>,
+        write: Write,
+        h: In<'_, Self, Self::Acc>,
+        part: Ranks,
+        group: Group<'_, Self>,
+    ) -> Result<()> {
+        let n = group.rows * w.rows();
+        self.linear_fwd(y.head_mut(n), x, w, bias, write)?;
+        self.lora_expand(y.head_mut(n), h, part, &[group])
+    }
+
+    /// dx = what all the linears of one input give, [`Train::linear_bwd_x`] of each with the gradient of its output, and, where they
+    /// are adapted, [`Train::lora_shrink_bwd`] of `lora`: dh, its ranks and A.
+    fn linears_bwd_x(
+        &self,
+        dx: &mut Self::Buf<Self::Acc>,
+        rows: usize,
+        linears: &[(In<'_, Self, Self::Acc>, &Self::Weight)],
+        lora: Option<(In<'_, Self, Self::Acc>, usize, In<'_, Self, Self::Acc>)>,
+    ) -> Result<()> {
+        let n = rows * linears.first().map_or(0, |l| l.1.cols());
+        for (i, &(dy, w)) in linears.iter().enumerate() {
+            self.linear_bwd_x(dx.head_mut(n), dy, w, if i == 0 { Write::Set } else { Write::Add })?;
+        }
+        match lora {
+            Some((dh, ranks, matrix)) => {
+                self.lora_shrink_bwd(dx.head_mut(n), dh, ranks, &[Group { rows, matrix, scale: 1.0 }])
+            }
+            None => Ok(()),
+        }
+    }
 
     /// dx\[rows\[i\]\] += dy\[i\], rows of width `d`: of [`Backend::gather_rows`]. No row comes twice.
     fn scatter_rows(

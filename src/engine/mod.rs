@@ -109,6 +109,16 @@ impl EngineOptions {
         self
     }
 
+    /// The GPU, where one is to be used. One that cannot run the kernels is an error only where it was asked for by name.
+    fn gpu(&self) -> Result<Option<Cuda>> {
+        let gpu = match self.device {
+            Device::Cuda => Some(Cuda::open(0)?),
+            Device::Auto if self.tier.is_none() && cuda::available() => Cuda::open(0).ok(),
+            _ => None,
+        };
+        Ok(gpu.map(|gpu| if self.without_graphs { gpu.without_graphs() } else { gpu }))
+    }
+
     pub(crate) fn cpu(&self) -> Result<Cpu> {
         let threads = if self.threads == 0 { default_threads() } else { self.threads };
         let best = Tier::detect();
@@ -187,13 +197,7 @@ impl Engine {
             let progress = |done, total| o.progress.iter().for_each(|p| p(done, total));
             Ok(Box::new(Shared(Arc::new(Model::load(Arc::new(be), source, progress).context(|| "weights".into())?))))
         }
-        // A GPU that cannot run the kernels is an error only where it was asked for by name.
-        let gpu = match options.device {
-            Device::Cuda => Some(Cuda::open(0)?),
-            Device::Auto if options.tier.is_none() && cuda::available() => Cuda::open(0).ok(),
-            _ => None,
-        };
-        if let Some(gpu) = gpu.map(|gpu| if options.without_graphs { gpu.without_graphs() } else { gpu }) {
+        if let Some(gpu) = options.gpu()? {
             let name = format!("cuda ({})", gpu.name());
             return Ok((on(gpu, source, options)?, name, 0));
         }
@@ -283,10 +287,10 @@ trait OnDevice {
 }
 
 fn on_device<J: OnDevice>(options: EngineOptions, job: J) -> Result<J::Out> {
-    match options.device {
-        Device::Cuda => bail!(Unsupported, "training runs on the CPU only so far; use --device cpu"),
-        Device::Naive => job.run(Naive, &options),
-        Device::Auto | Device::Cpu => job.run(options.cpu()?, &options),
+    match options.gpu()? {
+        Some(gpu) => job.run(gpu, &options),
+        None if options.device == Device::Naive => job.run(Naive, &options),
+        None => job.run(options.cpu()?, &options),
     }
 }
 

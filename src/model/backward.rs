@@ -76,13 +76,21 @@ impl<B: Train> Model<B> {
                 full.as_mut().and_then(|f| f.grad(Role::Layer(i, $role)))
             };
         }
-        macro_rules! lora {
-            ($site:ident, $dx:expr, $dys:expr, $x:expr) => {
-                if let Some(lora) = adapter.as_mut().and_then(|a| a.site_mut(i, Site::$site)) {
-                    let shrunk = s.shrunk[Site::$site as usize].head(rows * lora.ranks);
-                    lora.backward(be, $dx, $dys, shrunk, $x, &mut room.dshrunk, rows)?;
+        // The gradients of what adapts these linears, and the gradient of their input.
+        macro_rules! through {
+            ($site:ident, $dx:ident, $x:expr, $linears:expr) => {{
+                let linears = $linears;
+                let mut lora = None;
+                if let Some(site) = adapter.as_mut().and_then(|a| a.site_mut(i, Site::$site)) {
+                    let shrunk = s.shrunk[Site::$site as usize].head(rows * site.ranks);
+                    let dys = linears.map(|(role, dy, _)| (role, dy));
+                    site.backward(be, &dys, shrunk, $x, &mut room.dshrunk, rows)?;
+                    lora = Some((room.dshrunk.head(rows * site.ranks), site.ranks, site.a.values()));
                 }
-            };
+                if !(last && matches!(Site::$site, Site::Qkv)) {
+                    be.linears_bwd_x(&mut room.$dx, rows, &linears.map(|(_, dy, w)| (dy, w)), lora)?;
+                }
+            }};
         }
 
         // The MLP: x += down(glu(gate h, up h)), h = norm(mid).
@@ -102,11 +110,10 @@ impl<B: Train> Model<B> {
                 room.z.head(ng)
             }
         };
-        be.linear_bwd_x(room.dz.head_mut(ng), dy, &l.down, Write::Set)?;
         if let Some(dw) = grad!(Down) {
             be.linear_bwd_w(dw, dy, z, rows)?;
         }
-        lora!(Down, Some(room.dz.head_mut(ng)), &[(Down, dy)], z);
+        through!(Down, dz, z, [(Down, dy, &l.down)]);
         be.glu_bwd(room.dgate.head_mut(ng), room.dup.head_mut(ng), room.dz.head(ng), gate, up, cfg.activation)?;
         let h = match &s.operands {
             Some([_, h, _]) => h.head(n),
@@ -116,14 +123,12 @@ impl<B: Train> Model<B> {
             }
         };
         let (dgate, dup) = (room.dgate.head(ng), room.dup.head(ng));
-        be.linear_bwd_x(room.dh.head_mut(n), dgate, &l.gate, Write::Set)?;
-        be.linear_bwd_x(room.dh.head_mut(n), dup, &l.up, Write::Add)?;
         for (role, dy) in [(Gate, dgate), (Up, dup)] {
             if let Some(dw) = grad!(role) {
                 be.linear_bwd_w(dw, dy, h, rows)?;
             }
         }
-        lora!(GateUp, Some(room.dh.head_mut(n)), &[(Gate, dgate), (Up, dup)], h);
+        through!(GateUp, dh, h, [(Gate, dgate, &l.gate), (Up, dup, &l.up)]);
         let dw = grad!(MlpNorm);
         be.rms_norm_bwd(room.dx.head_mut(n), dw, room.dh.head(n), s.mid.head(n), &l.mlp_norm, eps, Write::Add)?;
 
@@ -137,11 +142,10 @@ impl<B: Train> Model<B> {
             _ => room.dx.head(n),
         };
         let a = s.a.head(nq);
-        be.linear_bwd_x(room.da.head_mut(nq), dy, &l.o, Write::Set)?;
         if let Some(dw) = grad!(O) {
             be.linear_bwd_w(dw, dy, a, rows)?;
         }
-        lora!(O, Some(room.da.head_mut(nq)), &[(O, dy)], a);
+        through!(O, da, a, [(O, dy, &l.o)]);
         be.attend_bwd(
             room.dq.head_mut(nq),
             room.dk.head_mut(nk),
@@ -183,15 +187,10 @@ impl<B: Train> Model<B> {
                 be.linear_bwd_w(dw, dy, h, rows)?;
             }
         }
-        let dys = &[(Q, dq), (K, dk), (V, dv)];
+        through!(Qkv, dh, h, [(Q, dq, &l.q.w), (K, dk, &l.k.w), (V, dv, &l.v.w)]);
         if last {
-            lora!(Qkv, None, dys, h);
             return Ok(());
         }
-        be.linear_bwd_x(room.dh.head_mut(n), dq, &l.q.w, Write::Set)?;
-        be.linear_bwd_x(room.dh.head_mut(n), dk, &l.k.w, Write::Add)?;
-        be.linear_bwd_x(room.dh.head_mut(n), dv, &l.v.w, Write::Add)?;
-        lora!(Qkv, Some(room.dh.head_mut(n)), dys, h);
         let dw = grad!(AttnNorm);
         be.rms_norm_bwd(room.dx.head_mut(n), dw, room.dh.head(n), x, &l.attn_norm, eps, Write::Add)
     }

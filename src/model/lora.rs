@@ -4,7 +4,7 @@
 
 use super::config::ModelConfig;
 use super::roles::{LayerRole, Role};
-use crate::backend::{Backend, Buffer, Group, In, Out, Ranks, Train};
+use crate::backend::{Backend, Buffer, Group, In, Out, Ranks, Train, WeightInfo, Write};
 use crate::error::{Result, ensure};
 use crate::rng::Rng;
 
@@ -298,26 +298,31 @@ impl<B: Train> SiteAdapter<B> {
         be.lora_shrink(h, x, self.ranks, &[Group { rows, matrix: self.a.values(), scale: 1.0 }])
     }
 
-    /// y += scale B h of one linear, if it is adapted.
-    pub(super) fn expand(
-        &self,
+    /// y (+)= W x (+ bias), and scale B h where the linear is adapted; `site` is what its input is shrunk by, with what that gave.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn linear(
         be: &B,
+        site: Option<(&Self, In<'_, B, B::Acc>)>,
         role: LayerRole,
-        y: Out<'_, B, B::Acc>,
-        h: In<'_, B, B::Acc>,
+        y: &mut B::Buf<B::Acc>,
+        x: In<'_, B, B::Act>,
+        w: &B::Weight,
+        bias: Option<&B::Buf<B::Acc>>,
+        write: Write,
         rows: usize,
     ) -> Result<()> {
-        let Some(m) = self.modules.iter().find(|m| m.role == role) else { return Ok(()) };
-        be.lora_expand(y, h, m.part, &[Group { rows, matrix: m.b.values(), scale: m.scale }])
+        let adapted = site.and_then(|(s, h)| s.modules.iter().find(|m| m.role == role).map(|m| (m, h)));
+        let Some((m, h)) = adapted else {
+            return be.linear_fwd(y.head_mut(rows * w.rows()), x, w, bias, write);
+        };
+        be.linear_lora_fwd(y, x, w, bias, write, h, m.part, Group { rows, matrix: m.b.values(), scale: m.scale })
     }
 
-    /// From the gradients `dys` of the linears' outputs: the adapters' gradients, and dx += what goes through them. `h` is what
-    /// [`SiteAdapter::shrink`] gave; `dh` is room for as much.
-    #[allow(clippy::too_many_arguments)]
+    /// From the gradients `dys` of the linears' outputs: the adapters' gradients, and in `dh` that of what
+    /// [`SiteAdapter::shrink`] gave, `h`.
     pub(super) fn backward(
         &mut self,
         be: &B,
-        dx: Option<Out<'_, B, B::Acc>>,
         dys: &[(LayerRole, In<'_, B, B::Acc>)],
         h: In<'_, B, B::Acc>,
         x: In<'_, B, B::Act>,
@@ -325,9 +330,6 @@ impl<B: Train> SiteAdapter<B> {
         rows: usize,
     ) -> Result<()> {
         let n = rows * self.ranks;
-        if dx.is_none() && !self.trains() {
-            return Ok(());
-        }
         for m in &mut self.modules {
             let Some((_, dy)) = dys.iter().find(|(role, _)| *role == m.role) else { continue };
             be.lora_expand_bwd(dh.head_mut(n), *dy, m.part, &[Group { rows, matrix: m.b.values(), scale: m.scale }])?;
@@ -336,13 +338,8 @@ impl<B: Train> SiteAdapter<B> {
             }
         }
         let ranks = self.ranks;
-        if let Some(g) = self.a.grad() {
-            be.lora_bwd_a(g, dh.head(n), x, ranks)?;
-        }
-        match dx {
-            Some(dx) => {
-                be.lora_shrink_bwd(dx, dh.head(n), ranks, &[Group { rows, matrix: self.a.values(), scale: 1.0 }])
-            }
+        match self.a.grad() {
+            Some(g) => be.lora_bwd_a(g, dh.head(n), x, ranks),
             None => Ok(()),
         }
     }

@@ -4,11 +4,11 @@
 use std::ops::Range;
 
 use super::config::Rope;
-use super::lora::{Adapter, Site};
+use super::lora::{Adapter, Site, SiteAdapter};
 use super::roles::LayerRole;
 use super::saved::{Pass, Saved};
 use super::weights::Model;
-use crate::backend::{AttnSpec, Backend, Buffer, Out, Target, Train, Write};
+use crate::backend::{AttnSpec, Backend, Buffer, In, Out, Target, Train, Write};
 use crate::dtype::Real;
 use crate::error::{Result, ensure};
 
@@ -82,17 +82,12 @@ impl<B: Train> Model<B> {
         let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[0]);
         be.rms_norm(h.head_mut(n), x.head(n), &l.attn_norm, eps)?;
         let h = h.head(n);
+        let lora = shrunk(be, site(Site::Qkv), &mut s.shrunk[0], h, rows)?;
         let [q, k] = s.pre.as_mut().map_or([&mut s.q, &mut s.k], |[q, k]| [q, k]);
-        be.linear_fwd(q.head_mut(nq), h, &l.q.w, l.q.bias.as_ref(), Write::Set)?;
-        be.linear_fwd(k.head_mut(nk), h, &l.k.w, l.k.bias.as_ref(), Write::Set)?;
-        be.linear_fwd(s.v.head_mut(nk), h, &l.v.w, l.v.bias.as_ref(), Write::Set)?;
-        if let Some(lora) = site(Site::Qkv) {
-            let shrunk = &mut s.shrunk[0];
-            lora.shrink(be, shrunk.head_mut(rows * lora.ranks), h, rows)?;
-            let shrunk = shrunk.head(rows * lora.ranks);
-            lora.expand(be, LayerRole::Q, q.head_mut(nq), shrunk, rows)?;
-            lora.expand(be, LayerRole::K, k.head_mut(nk), shrunk, rows)?;
-            lora.expand(be, LayerRole::V, s.v.head_mut(nk), shrunk, rows)?;
+        for (role, y, l) in
+            [(LayerRole::Q, &mut *q, &l.q), (LayerRole::K, &mut *k, &l.k), (LayerRole::V, &mut s.v, &l.v)]
+        {
+            SiteAdapter::linear(be, lora, role, y, h, &l.w, l.bias.as_ref(), Write::Set, rows)?;
         }
         if let (Some([q, k]), Some([q_norm, k_norm])) = (&s.pre, &l.qk_norm) {
             be.copy(s.q.head_mut(nq), q.head(nq))?;
@@ -112,11 +107,8 @@ impl<B: Train> Model<B> {
             Some([attn, _]) => (attn, Write::Set),
             None => (&mut s.mid, Write::Add),
         };
-        be.linear_fwd(to.head_mut(n), a, &l.o, None, write)?;
-        if let Some(lora) = site(Site::O) {
-            lora.shrink(be, s.shrunk[1].head_mut(rows * lora.ranks), a, rows)?;
-            lora.expand(be, LayerRole::O, to.head_mut(n), s.shrunk[1].head(rows * lora.ranks), rows)?;
-        }
+        let lora = shrunk(be, site(Site::O), &mut s.shrunk[1], a, rows)?;
+        SiteAdapter::linear(be, lora, LayerRole::O, to, a, &l.o, None, write, rows)?;
         if let (Some([attn, _]), Some([norm, _])) = (&s.post, &l.post_norms) {
             be.add_normed(s.mid.head_mut(n), attn.head(n), norm, eps)?;
         }
@@ -124,20 +116,13 @@ impl<B: Train> Model<B> {
         let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[1]);
         be.rms_norm(h.head_mut(n), s.mid.head(n), &l.mlp_norm, eps)?;
         let h = h.head(n);
-        be.linear_fwd(s.gate.head_mut(ng), h, &l.gate, None, Write::Set)?;
-        be.linear_fwd(s.up.head_mut(ng), h, &l.up, None, Write::Set)?;
-        if let Some(lora) = site(Site::GateUp) {
-            lora.shrink(be, s.shrunk[2].head_mut(rows * lora.ranks), h, rows)?;
-            let shrunk = s.shrunk[2].head(rows * lora.ranks);
-            lora.expand(be, LayerRole::Gate, s.gate.head_mut(ng), shrunk, rows)?;
-            lora.expand(be, LayerRole::Up, s.up.head_mut(ng), shrunk, rows)?;
-        }
+        let lora = shrunk(be, site(Site::GateUp), &mut s.shrunk[2], h, rows)?;
+        SiteAdapter::linear(be, lora, LayerRole::Gate, &mut s.gate, h, &l.gate, None, Write::Set, rows)?;
+        SiteAdapter::linear(be, lora, LayerRole::Up, &mut s.up, h, &l.up, None, Write::Set, rows)?;
         let z = s.operands.as_mut().map_or(&mut room.z, |o| &mut o[2]);
         be.glu(z.head_mut(ng), s.gate.head(ng), s.up.head(ng), cfg.activation)?;
         let z = z.head(ng);
-        if let Some(lora) = site(Site::Down) {
-            lora.shrink(be, s.shrunk[3].head_mut(rows * lora.ranks), z, rows)?;
-        }
+        let lora = shrunk(be, site(Site::Down), &mut s.shrunk[3], z, rows)?;
         // Behind this, only a post-norm's input is read by the backward pass.
         if run == Run::Again && s.post.is_none() {
             return Ok(());
@@ -149,10 +134,7 @@ impl<B: Train> Model<B> {
             Some([_, mlp]) => (mlp, Write::Set),
             None => (&mut *next, Write::Add),
         };
-        be.linear_fwd(to.head_mut(n), z, &l.down, None, write)?;
-        if let Some(lora) = site(Site::Down) {
-            lora.expand(be, LayerRole::Down, to.head_mut(n), s.shrunk[3].head(rows * lora.ranks), rows)?;
-        }
+        SiteAdapter::linear(be, lora, LayerRole::Down, to, z, &l.down, None, write, rows)?;
         if let (Run::Forward, Some([_, mlp]), Some([_, norm])) = (run, &s.post, &l.post_norms) {
             be.add_normed(next.head_mut(n), mlp.head(n), norm, eps)?;
         }
@@ -175,6 +157,19 @@ impl<B: Train> Model<B> {
     }
 }
 
+/// A site's adapter with its input shrunk into `h`.
+fn shrunk<'a, B: Train>(
+    be: &B,
+    site: Option<&'a SiteAdapter<B>>,
+    h: &'a mut B::Buf<B::Acc>,
+    x: In<'_, B, B::Act>,
+    rows: usize,
+) -> Result<Option<(&'a SiteAdapter<B>, In<'a, B, B::Acc>)>> {
+    let Some(site) = site else { return Ok(None) };
+    site.shrink(be, h.head_mut(rows * site.ranks), x, rows)?;
+    Ok(Some((site, h.head(rows * site.ranks))))
+}
+
 /// Room for the vocabulary matrix: logits of a few rows at a time, so that `[rows, vocabulary]` never exists.
 pub struct Head<B: Backend> {
     tile: usize,
@@ -192,7 +187,7 @@ impl<B: Train> Head<B> {
         Ok(Self { tile, logits, loss: be.alloc(tile)?, dout })
     }
 
-    pub(super) fn dout(&self, rows: usize, hidden: usize) -> crate::backend::In<'_, B, B::Acc> {
+    pub(super) fn dout(&self, rows: usize, hidden: usize) -> In<'_, B, B::Acc> {
         self.dout.head(rows * hidden)
     }
 }

@@ -9,7 +9,7 @@ use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved};
 
 /// Rows of logits that exist at a time.
-const TILE: usize = 64;
+const TILE: usize = 256;
 
 /// What a run changes.
 pub enum Trainable<B: Train> {

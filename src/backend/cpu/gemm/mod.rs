@@ -22,6 +22,7 @@ mod portable;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::matmul::PackedWeight;
@@ -136,9 +137,18 @@ impl Path {
 
     /// The length of the blocks into which sums of `k` products are cut.
     fn depth(self, k: usize) -> usize {
-        let most = 384 * self.values();
-        k.div_ceil(k.div_ceil(most)).next_multiple_of(UNIT)
+        k.div_ceil(k.div_ceil(self.deepest())).next_multiple_of(UNIT)
     }
+
+    /// The longest block.
+    fn deepest(self) -> usize {
+        384 * self.values()
+    }
+}
+
+/// Whether operands are rounded to bf16.
+pub fn rounds(tier: Tier, compute: Compute) -> bool {
+    Path::of(tier, compute).halves()
 }
 
 /// Does what products on this tier do, in registers only, on this thread: the roof of what they may reach. Returns how many
@@ -174,16 +184,53 @@ pub fn gemm(
     b: Operand<'_>,
 ) -> Result<()> {
     let Shape { m, n, k } = shape;
-    ensure!(m > 0 && n > 0 && k > 0, Shape, "a product of {m} by {n} sums over {k}");
+    check(m, n, c, stride, &[Term { a, b, k }])?;
+    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, store, scale, &[Term { a, b, k }]);
+    Ok(())
+}
+
+/// One of several products that are added up: sum_k a(i,k) b(j,k), k < `k`.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    /// Rows of c.
+    pub a: Operand<'a>,
+    /// Columns of c.
+    pub b: Operand<'a>,
+    /// Products in a sum.
+    pub k: usize,
+}
+
+/// c[i * stride + j] (= or +=) the sum of `terms`, i < m, j < n: as if their operands lay side by side along k, so that c is
+/// written once where they are short.
+///
+/// # Errors
+/// As [`gemm`].
+pub fn gemm_sum(
+    cx: &GemmCx<'_>,
+    [m, n]: [usize; 2],
+    c: &mut [f32],
+    stride: usize,
+    store: Store,
+    terms: &[Term<'_>],
+) -> Result<()> {
+    check(m, n, c, stride, terms)?;
+    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, store, 1.0, terms);
+    Ok(())
+}
+
+fn check(m: usize, n: usize, c: &[f32], stride: usize, terms: &[Term<'_>]) -> Result<()> {
+    ensure!(m > 0 && n > 0 && !terms.is_empty(), Shape, "a product of {m} by {n}, {} terms", terms.len());
     ensure!(
         stride >= n && c.len() >= span(m, stride, n),
         Shape,
         "c has {} values, too few for [{m}, {n}] with rows {stride} apart",
         c.len()
     );
-    fits("a", &a, m, k)?;
-    fits("b", &b, n, k)?;
-    product(cx, Path::of(cx.tier, cx.compute), shape, c, stride, store, scale, a, b);
+    for Term { a, b, k } in terms {
+        ensure!(*k > 0, Shape, "a product of {m} by {n} sums over 0");
+        fits("a", a, m, *k)?;
+        fits("b", b, n, *k)?;
+    }
     Ok(())
 }
 
@@ -272,43 +319,69 @@ fn with_tiles<T>(from: &Mutex<Vec<Vec<Tile>>>, tiles: usize, f: impl FnOnce(&mut
     r
 }
 
+/// The blocks of k: of which terms which values. Short neighbours share one.
+fn blocks(path: Path, terms: &[Term<'_>]) -> Vec<Vec<(usize, Range<usize>)>> {
+    let (mut blocks, mut room) = (Vec::new(), 0);
+    for (t, term) in terms.iter().enumerate() {
+        let depth = path.depth(term.k);
+        for first in (0..term.k).step_by(depth) {
+            let piece = first..(first + depth).min(term.k);
+            let len = piece.len().next_multiple_of(UNIT);
+            if len > room {
+                blocks.push(Vec::new());
+                room = path.deepest();
+            }
+            room -= len;
+            blocks.last_mut().expect("one was pushed").push((t, piece));
+        }
+    }
+    blocks
+}
+
 #[allow(clippy::too_many_arguments)]
 fn product(
     cx: &GemmCx<'_>,
     path: Path,
-    Shape { m, n, k }: Shape,
+    [m, n]: [usize; 2],
     c: &mut [f32],
     stride: usize,
     store: Store,
     scale: f32,
-    a: Operand<'_>,
-    b: Operand<'_>,
+    terms: &[Term<'_>],
 ) {
-    let (a, b) = (Source::new(a, path), Source::new(b, path));
+    let sources: Vec<_> = terms.iter().map(|t| (Source::new(t.a, path), Source::new(t.b, path))).collect();
     // The larger operand is dealt out, so that nothing of it is packed twice or by another core.
     let rows_shared = m <= n;
-    let (shared, dealt) =
-        if rows_shared { ((m, a, Side::A), (n, b, Side::B)) } else { ((n, b, Side::B), (m, a, Side::A)) };
-    let each = dealt.0.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).next_multiple_of(UNIT).min(TASK);
-    let depth = path.depth(k);
-    // c is written row by row, unless a shared right operand would come from beyond the core's cache for every few rows.
-    let rows_first = rows_shared || shared.0 * depth / path.values() * size_of::<f32>() <= CACHE;
+    let ((shared, dealt), (of_shared, of_dealt)) =
+        if rows_shared { ((m, n), (Side::A, Side::B)) } else { ((n, m), (Side::B, Side::A)) };
+    let each = dealt.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).next_multiple_of(UNIT).min(TASK);
     let mut out = Out::new(c, stride, store == Store::Add, scale, path.tier());
-    let most = depth / (LANES * path.values());
-    with_tiles(&cx.scratch.shared, shared.0.div_ceil(LANES) * most, |tiles| {
-        for first in (0..k).step_by(depth) {
-            let ks = first..(first + depth).min(k);
-            let steps = ks.len().div_ceil(UNIT) * (UNIT / LANES / path.values());
-            let tiles = &mut tiles[..shared.0.div_ceil(LANES) * steps];
+    let tiles_of = |values: usize| values.div_ceil(UNIT) * (UNIT / LANES / path.values());
+    let blocks = blocks(path, terms);
+    let steps_of = |block: &[(usize, Range<usize>)]| block.iter().map(|(_, ks)| tiles_of(ks.len())).sum::<usize>();
+    let most = blocks.iter().map(|b| steps_of(b)).max().unwrap_or(0);
+    with_tiles(&cx.scratch.shared, shared.div_ceil(LANES) * most, |tiles| {
+        for block in &blocks {
+            let steps = steps_of(block);
+            // c is written row by row, unless a shared right operand would come from beyond the core's cache for every few rows.
+            let rows_first = rows_shared || shared * steps * LANES * size_of::<f32>() <= CACHE;
+            let pack_all = |side: Side, lanes: &Range<usize>, tiles: &mut [Tile]| {
+                let mut first = 0;
+                for (t, ks) in block {
+                    let from = if side == Side::A { sources[*t].0 } else { sources[*t].1 };
+                    pack::pack(path, from, side, lanes.clone(), ks.clone(), first, tiles);
+                    first += tiles_of(ks.len());
+                }
+            };
+            let tiles = &mut tiles[..shared.div_ceil(LANES) * steps];
             cx.pool.run_chunks(tiles, UNIT / LANES * steps, |u, tiles| {
-                let lanes = u * UNIT..((u + 1) * UNIT).min(shared.0);
-                pack::pack(path, shared.1, shared.2, lanes, ks.clone(), tiles);
+                pack_all(of_shared, &(u * UNIT..((u + 1) * UNIT).min(shared)), tiles);
             });
             let tiles = &*tiles;
-            cx.pool.run(dealt.0.div_ceil(each), |task| {
-                let lanes = task * each..((task + 1) * each).min(dealt.0);
+            cx.pool.run(dealt.div_ceil(each), |task| {
+                let lanes = task * each..((task + 1) * each).min(dealt);
                 with_tiles(&cx.scratch.tasks, lanes.len().div_ceil(LANES) * steps, |own| {
-                    pack::pack(path, dealt.1, dealt.2, lanes.clone(), ks.clone(), own);
+                    pack_all(of_dealt, &lanes, own);
                     let (i, j) = if rows_shared { (0, lanes.start) } else { (lanes.start, 0) };
                     let (a, b) = if rows_shared { (tiles, &*own) } else { (&*own, tiles) };
                     let (rows, cols) = if rows_shared { (m, lanes.len()) } else { (lanes.len(), n) };

@@ -83,8 +83,17 @@ fn padded<T: Copy + Default>(x: &[T], stride: usize, lines: usize, width: usize,
     }
 }
 
-/// Lanes `lanes` (from a multiple of 32 on) and values `ks` (likewise) of k as panels of 16 lanes, zeros where there are none.
-pub(super) fn pack(path: Path, from: Source<'_>, side: Side, lanes: Range<usize>, ks: Range<usize>, out: &mut [Tile]) {
+/// Lanes `lanes` (from a multiple of 32 on) and values `ks` (likewise) of k as panels of 16 lanes, zeros where there are none: in each
+/// panel of `out` the tiles from `first` on.
+pub(super) fn pack(
+    path: Path,
+    from: Source<'_>,
+    side: Side,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+    first: usize,
+    out: &mut [Tile],
+) {
     let (panels, steps) = (lanes.len().div_ceil(LANES), out.len() / lanes.len().div_ceil(LANES));
     let (across, along) = (lanes.len().div_ceil(UNIT), ks.len().div_ceil(UNIT));
     let mut floats = [0.0f32; UNIT * UNIT];
@@ -127,7 +136,7 @@ pub(super) fn pack(path: Path, from: Source<'_>, side: Side, lanes: Range<usize>
         let deep = UNIT / LANES / path.values();
         for (p, step) in (0..2.min(panels - 2 * l)).flat_map(|p| (0..deep).map(move |s| (p, s))) {
             let at = if cols { step * LANES * stride + p * LANES } else { p * LANES * stride + step * LANES };
-            let tile = &mut out[(2 * l + p) * steps + s * deep + step];
+            let tile = &mut out[(2 * l + p) * steps + first + s * deep + step];
             match values {
                 Values::Words(x) => words(path, &x[at..], stride, transpose, tile),
                 #[cfg(target_arch = "x86_64")]

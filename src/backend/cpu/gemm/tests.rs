@@ -6,6 +6,7 @@ use super::super::matmul::tests::{inputs, pack, tensor};
 use super::*;
 use crate::dtype::DType;
 use crate::error::ErrorKind;
+use crate::rng::Rng;
 
 /// The kernels that this machine runs.
 fn paths() -> Vec<Path> {
@@ -77,8 +78,8 @@ fn agrees(what: &str, (m, n, k): (usize, usize, usize), (a, av): &(Kept, Vec<f32
         for (store, scale) in [(Store::Set, 1.0f32), (Store::Add, -0.75)] {
             let before = inputs(m, stride, 5);
             let mut c = before.clone();
-            let shape = Shape { m, n, k };
-            product(&cx, path, shape, &mut c[..(m - 1) * stride + n], stride, store, scale, a.operand(), b.operand());
+            let term = Term { a: a.operand(), b: b.operand(), k };
+            product(&cx, path, [m, n], &mut c[..(m - 1) * stride + n], stride, store, scale, &[term]);
             for (at, (&c, &before)) in c.iter().zip(&before).enumerate() {
                 let (i, j) = (at / stride, at % stride);
                 if j >= n {
@@ -138,7 +139,7 @@ fn elements_do_not_depend_on_their_company() {
     let mut known: Vec<(Path, Vec<u32>)> = Vec::new();
     settings(|path, cx| {
         let mut c = vec![0.0; m * n];
-        product(&cx, path, Shape { m, n, k }, &mut c, n, Store::Set, 0.3, a.operand(), b.operand());
+        product(&cx, path, [m, n], &mut c, n, Store::Set, 0.3, &[Term { a: a.operand(), b: b.operand(), k }]);
         let bits: Vec<u32> = c.iter().map(|c| c.to_bits()).collect();
         match known.iter().find(|(p, _)| *p == path) {
             Some((_, known)) => assert!(*known == bits, "{path:?}: threads change the result"),
@@ -148,7 +149,7 @@ fn elements_do_not_depend_on_their_company() {
         for (m, first, n) in [(1, 0, n), (9, 40, 43), (40, 5, 33), (300, 1, 1), (65, 0, 64)] {
             let mut part = vec![0.0; m * n];
             let b = Operand::Cols { x: &x[first..], stride };
-            product(&cx, path, Shape { m, n, k }, &mut part, n, Store::Set, 0.3, a.operand(), b);
+            product(&cx, path, [m, n], &mut part, n, Store::Set, 0.3, &[Term { a: a.operand(), b, k }]);
             for (at, c) in part.iter().enumerate() {
                 let whole = bits[at / n * 83 + first + at % n];
                 assert!(c.to_bits() == whole, "{path:?}: {m} rows, {n} columns from {first}, element {at}");
@@ -165,7 +166,7 @@ fn operands_are_rounded_to_the_nearest_even() {
         for b in [Operand::Rows { x: &x, stride: 1 }, Operand::Cols { x: &x, stride: 6 }] {
             let mut c = [0.0; 6];
             let one = Operand::Rows { x: &[1.0], stride: 1 };
-            product(&cx, path, Shape { m: 1, n: 6, k: 1 }, &mut c, 6, Store::Set, 1.0, one, b);
+            product(&cx, path, [1, 6], &mut c, 6, Store::Set, 1.0, &[Term { a: one, b, k: 1 }]);
             let same = if path.halves() { c[..5] == want } else { c == x };
             assert!(same, "{path:?}: {c:?}");
         }
@@ -195,4 +196,41 @@ fn what_does_not_fit_is_an_error() {
     ] {
         assert!(error.as_ref().is_some_and(|e| e.contains(name)), "{error:?}, expected {name}");
     }
+}
+
+/// Terms side by side are their sum: one after the other, within rounding; whatever the threads, the same bits.
+#[test]
+fn terms_add_up() {
+    let mut rng = Rng::new(17);
+    let (m, n) = (70, 45);
+    let mut values = |n: usize| (0..n).map(|_| rng.normal()).collect::<Vec<f32>>();
+    let ks = [100, 8, 3, 900];
+    let sides: Vec<_> = ks.iter().map(|k| (values(m * k), values(n * k))).collect();
+    let terms: Vec<Term<'_>> = ks
+        .iter()
+        .zip(&sides)
+        .map(|(&k, (a, b))| Term { a: Operand::Rows { x: a, stride: k }, b: Operand::Cols { x: b, stride: n }, k })
+        .collect();
+    let scratch = GemmScratch::default();
+    for tier in Tier::available() {
+        for compute in [Compute::Exact, Compute::Fast] {
+            let mut all = Vec::new();
+            for threads in [1, 3] {
+                let pool = Pool::new(threads);
+                let cx = GemmCx { pool: &pool, tier, compute, scratch: &scratch };
+                let (mut together, mut apart) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
+                gemm_sum(&cx, [m, n], &mut together, n, Store::Set, &terms).unwrap();
+                for t in &terms {
+                    gemm(&cx, Shape { m, n, k: t.k }, &mut apart, n, Store::Add, 1.0, t.a, t.b).unwrap();
+                }
+                let worst = together.iter().zip(&apart).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+                assert!(worst < 1e-3, "{tier} {compute:?}: {worst}");
+                all.push(together);
+            }
+            assert!(all[0] == all[1], "{tier} {compute:?}: threads change bits");
+        }
+    }
+    let pool = Pool::new(1);
+    let cx = GemmCx { pool: &pool, tier: Tier::Portable, compute: Compute::Exact, scratch: &scratch };
+    assert!(gemm_sum(&cx, [m, n], &mut vec![0.0; m * n], n, Store::Set, &[]).is_err());
 }

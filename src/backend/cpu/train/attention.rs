@@ -4,8 +4,10 @@
 use std::cell::RefCell;
 use std::sync::PoisonError;
 
+use half::bf16;
+
 use super::super::Cpu;
-use super::super::gemm::{Operand, Shape, Store, gemm};
+use super::super::gemm::{Operand, Shape, Store, gemm, rounds};
 use super::super::lanes::math::exp;
 use super::super::lanes::{Kernel, Simd, dispatch};
 use super::super::logits::greatest;
@@ -262,6 +264,10 @@ impl Cpu {
             b.gather(qs, q);
             b.gather(dys, dy);
             b.gather(ys, y);
+            // As its products round it: else what must cancel in a row's sum of gradients would not.
+            if rounds(self.tier(), self.compute()) {
+                dys.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            }
             let (p, s) = (first(p, m * n), first(s, m * n));
             let (qs, dys) = (Operand::Rows { x: qs, stride: d }, &*dys);
             let dy = Operand::Rows { x: dys, stride: d };

@@ -5,7 +5,7 @@ mod loss;
 mod optim;
 mod rows;
 
-use super::gemm::{GemmCx, Operand, Shape, Store, gemm};
+use super::gemm::{GemmCx, Operand, Shape, Store, Term, gemm, gemm_sum};
 use super::matmul::PackedWeight;
 use super::rows::check_equal;
 use super::{Compute, Cpu, Tier};
@@ -49,6 +49,15 @@ impl Cpu {
         b: Operand<'_>,
     ) -> Result<()> {
         gemm(&self.gemm_cx(), Shape { m, n, k }, c, n, write.into(), scale, a, b)
+    }
+
+    fn add_bias(&self, y: &mut [f32], bias: Option<&HostBuf<f32>>, out: usize) -> Result<()> {
+        let Some(b) = bias else { return Ok(()) };
+        check_equal("linear_fwd: bias", b.len(), out)?;
+        self.pool.run_chunks(y, 16 * out, |_, y| {
+            y.chunks_exact_mut(out).for_each(|y| y.iter_mut().zip(b.iter()).for_each(|(y, b)| *y += b));
+        });
+        Ok(())
     }
 
     /// Calls `f(first row, rows, group)` for each group, having seen that they are `rows` rows.
@@ -108,13 +117,7 @@ impl Train for Cpu {
         let (out, input) = (w.rows(), w.cols());
         let m = y.len() / out;
         self.matmul(y, [m, out, input], write, 1.0, rows_of(x, input), Operand::Weight(w))?;
-        if let Some(b) = bias {
-            check_equal("linear_fwd: bias", b.len(), out)?;
-            self.pool.run_chunks(y, 16 * out, |_, y| {
-                y.chunks_exact_mut(out).for_each(|y| y.iter_mut().zip(b.iter()).for_each(|(y, b)| *y += b));
-            });
-        }
-        Ok(())
+        self.add_bias(y, bias, out)
     }
 
     fn linear_bwd_x(&self, dx: &mut [f32], dy: &[f32], w: &PackedWeight, write: Write) -> Result<()> {
@@ -186,6 +189,44 @@ impl Train for Cpu {
         spec: &AttnSpec,
     ) -> Result<()> {
         self.attend_rows_bwd(dq, dk, dv, dy, y, lse, q, k, v, visible, spec)
+    }
+
+    fn linear_lora_fwd(
+        &self,
+        y: &mut HostBuf<f32>,
+        x: &[f32],
+        w: &PackedWeight,
+        bias: Option<&HostBuf<f32>>,
+        write: Write,
+        h: &[f32],
+        part: Ranks,
+        group: Group<'_, Self>,
+    ) -> Result<()> {
+        let (out, input, rank, rows) = (w.rows(), w.cols(), part.n, group.rows);
+        let y = &mut y[..rows * out];
+        // Little beside the products, so that the scale may be put into a copy of it.
+        let columns = |h: &[f32]| h[part.first..part.first + rank].iter().map(|h| h * group.scale).collect::<Vec<_>>();
+        let h: Vec<f32> = h.chunks_exact(part.stride).take(rows).flat_map(columns).collect();
+        let adapter = Term { a: rows_of(&h, rank), b: rows_of(group.matrix, rank), k: rank };
+        let terms = [Term { a: rows_of(x, input), b: Operand::Weight(w), k: input }, adapter];
+        gemm_sum(&self.gemm_cx(), [rows, out], y, out, write.into(), &terms)?;
+        self.add_bias(y, bias, out)
+    }
+
+    fn linears_bwd_x(
+        &self,
+        dx: &mut HostBuf<f32>,
+        rows: usize,
+        linears: &[(&[f32], &PackedWeight)],
+        lora: Option<(&[f32], usize, &[f32])>,
+    ) -> Result<()> {
+        let d = linears.first().map_or(0, |l| l.1.cols());
+        let term = |&(dy, w)| Term { a: rows_of(dy, PackedWeight::rows(w)), b: Operand::WeightT(w), k: w.rows() };
+        let mut terms: Vec<Term<'_>> = linears.iter().map(term).collect();
+        if let Some((dh, ranks, a)) = lora {
+            terms.push(Term { a: rows_of(dh, ranks), b: cols_of(a, d), k: ranks });
+        }
+        gemm_sum(&self.gemm_cx(), [rows, d], &mut dx[..rows * d], d, Store::Set, &terms)
     }
 
     fn scatter_rows(&self, dx: &mut [f32], dy: &[f32], rows: &[u32], d: usize) -> Result<()> {
