@@ -18,7 +18,7 @@ mod sampling;
 mod train;
 
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, NO_TOKEN, Rule, Trees};
-pub use train::{Group, Ranks, Step, TAIL, Target, Train, Update, Visible, Write};
+pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Visible, Write};
 
 use std::ops::Range;
 

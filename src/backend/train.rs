@@ -184,6 +184,11 @@ impl<B: Backend> Clone for Group<'_, B> {
 }
 impl<B: Backend> Copy for Group<'_, B> {}
 
+/// A linear that reads an input: the gradient of its output, and its weight.
+pub type Reader<'a, B> = (In<'a, B, <B as Backend>::Acc>, &'a <B as Backend>::Weight);
+/// What adapts the linears of an input: the gradient of its shrunk rows, the ranks of those, and A.
+pub type Shrunk<'a, B> = (In<'a, B, <B as Backend>::Acc>, usize, In<'a, B, <B as Backend>::Acc>);
+
 /// What a row of logits z, with q = softmax(z), should have been.
 pub enum Target<'a, B: Backend> {
     /// -ln q\[id\].
@@ -424,8 +429,8 @@ pub trait Train: Backend {
         &self,
         dx: &mut Self::Buf<Self::Acc>,
         rows: usize,
-        linears: &[(In<'_, Self, Self::Acc>, &Self::Weight)],
-        lora: Option<(In<'_, Self, Self::Acc>, usize, In<'_, Self, Self::Acc>)>,
+        linears: &[Reader<'_, Self>],
+        lora: Option<Shrunk<'_, Self>>,
     ) -> Result<()> {
         let n = rows * linears.first().map_or(0, |l| l.1.cols());
         for (i, &(dy, w)) in linears.iter().enumerate() {

@@ -96,7 +96,7 @@ pub(super) enum Command {
     Bench(Bench),
     /// Train on JSONL or text.
     #[command(subcommand)]
-    Train(Train),
+    Train(Box<Train>),
 }
 
 #[derive(Subcommand)]

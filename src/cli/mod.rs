@@ -60,8 +60,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Chat(a) => chat::run(common, a),
         Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
         Command::Eval(Eval::Accuracy(a)) => accuracy::run(common, a),
-        Command::Train(Train::Lora(a)) => train::lora(common, a),
-        Command::Train(Train::Full(a)) => train::full(common, a),
+        Command::Train(t) => match &**t {
+            Train::Lora(a) => train::lora(common, a),
+            Train::Full(a) => train::full(common, a),
+        },
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
         Command::Bench(Bench::Train(a)) => bench_train::run(common, a),

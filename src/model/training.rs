@@ -157,6 +157,9 @@ impl<B: Train> Model<B> {
     }
 }
 
+/// A site's adapter, and what it shrank the site's input to.
+type Adapted<'a, B> = (&'a SiteAdapter<B>, In<'a, B, <B as Backend>::Acc>);
+
 /// A site's adapter with its input shrunk into `h`.
 fn shrunk<'a, B: Train>(
     be: &B,
@@ -164,7 +167,7 @@ fn shrunk<'a, B: Train>(
     h: &'a mut B::Buf<B::Acc>,
     x: In<'_, B, B::Act>,
     rows: usize,
-) -> Result<Option<(&'a SiteAdapter<B>, In<'a, B, B::Acc>)>> {
+) -> Result<Option<Adapted<'a, B>>> {
     let Some(site) = site else { return Ok(None) };
     site.shrink(be, h.head_mut(rows * site.ranks), x, rows)?;
     Ok(Some((site, h.head(rows * site.ranks))))

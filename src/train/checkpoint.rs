@@ -14,6 +14,9 @@ const TENSORS: &str = "state.safetensors";
 /// Of the layout of these files; a reader refuses another.
 const VERSION: u32 = 1;
 
+/// A tensor of a checkpoint: name, shape, values.
+pub type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
 /// All that a run needs to go on as if it had never stopped.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
@@ -28,7 +31,7 @@ pub struct Checkpoint {
     /// The resolved settings of the run.
     pub config: serde_json::Value,
     /// Parameters and the optimiser's state: name, shape, values.
-    pub tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    pub tensors: Vec<NamedTensor>,
 }
 
 #[derive(Serialize, Deserialize)]

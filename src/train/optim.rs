@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
+use super::checkpoint::NamedTensor;
 use crate::backend::{Buffer, Step, Train, Update};
 use crate::error::{Result, bail, ensure};
 use crate::model::Param;
@@ -180,11 +181,7 @@ impl<B: Train> Optimizer<B> {
     }
 
     /// Every state as f32 with a name that goes with its tensor's.
-    pub fn to_host<'p>(
-        &self,
-        be: &B,
-        params: impl Iterator<Item = &'p Param<B>>,
-    ) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+    pub fn to_host<'p>(&self, be: &B, params: impl Iterator<Item = &'p Param<B>>) -> Result<Vec<NamedTensor>> {
         let mut all = Vec::new();
         for (p, states) in params.filter(|p| p.g.is_some()).zip(&self.states) {
             for (i, s) in states.iter().enumerate() {

@@ -59,7 +59,8 @@ impl Plan {
     pub fn validate(&self) -> Result<()> {
         let long = self.steps > 0 || (self.epochs > 0.0 && self.epochs.is_finite());
         ensure!(long, Usage, "a run of {} steps and {} epochs never begins", self.steps, self.epochs);
-        ensure!(self.minutes >= 0.0, Usage, "minutes = {} is impossible", self.minutes);
+        let minutes = self.minutes >= 0.0;
+        ensure!(minutes, Usage, "minutes = {} is impossible", self.minutes);
         ensure!(self.batch_tokens > 1 && self.batch_tokens <= 1 << 20, Usage, "batch_tokens = {}", self.batch_tokens);
         ensure!(self.accumulate > 0, Usage, "a step of 0 passes");
         Ok(())

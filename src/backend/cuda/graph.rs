@@ -281,6 +281,8 @@ mod driven {
         fn run(&mut self, past: usize, t: u32) -> Vec<bf16> {
             let Self { cuda, embed, x, y, kv } = self;
             cuda.embed(x.head_mut(D), embed, &[t], 1.0).unwrap();
+            // What follows is one tape, whether or not something is sent before it.
+            cuda.stream.flush().unwrap();
             let mut segments = [Segment { kv, past, rows: 1, mask: Mask::Causal }];
             for layer in 0..LAYERS {
                 let y = y.view_mut(layer * D..(layer + 1) * D);

@@ -43,11 +43,10 @@ fn first(v: &mut Vec<f32>, n: usize) -> &mut [f32] {
 
 /// The rows that any row of `block` sees.
 fn hull(visible: &Visible, block: std::ops::Range<usize>) -> std::ops::Range<usize> {
-    let rows = block.map(|i| visible.row(i));
-    rows.fold(usize::MAX..0, |h, r| {
-        let (a, b) = (r.first().map_or(u32::MAX, |r| r[0]) as usize, r.last().map_or(0, |r| r[1]) as usize);
-        h.start.min(a)..h.end.max(b)
-    })
+    let seen = || block.clone().map(|i| visible.row(i));
+    let first = seen().filter_map(|r| r.first()).map(|r| r[0]).min().unwrap_or(0);
+    let end = seen().filter_map(|r| r.last()).map(|r| r[1]).max().unwrap_or(0);
+    first as usize..end as usize
 }
 
 /// Which queries of a key head and which keys a block's products are about.
@@ -210,7 +209,8 @@ impl Cpu {
         let parts = rows.div_ceil(BLOCK).min(PARTS);
         let mut buffer = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let sums = first(&mut buffer, 2 * parts * k.len());
-        let mut work: Vec<(Vec<(usize, &mut [f32])>, &mut [f32])> =
+        type Blocks<'a> = Vec<(usize, &'a mut [f32])>;
+        let mut work: Vec<(Blocks<'_>, &mut [f32])> =
             sums.chunks_mut(2 * k.len().max(1)).map(|s| (Vec::new(), s)).collect();
         for (i, dq) in dq.chunks_mut(BLOCK * width).enumerate() {
             work[i % parts].0.push((i * BLOCK, dq));

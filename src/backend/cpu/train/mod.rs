@@ -296,7 +296,8 @@ impl Train for Cpu {
     }
 
     fn softmax_rows(&self, x: &mut [f32], vocab: usize, tau: f32) -> Result<()> {
-        ensure!(tau > 0.0, Shape, "softmax at temperature {tau}");
+        let usable = tau > 0.0;
+        ensure!(usable, Shape, "softmax at temperature {tau}");
         self.softmaxes(x, vocab, tau);
         Ok(())
     }
