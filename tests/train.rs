@@ -157,15 +157,15 @@ fn settings(kind: Kind, lr: f32, weight_decay: f32) -> Settings {
     Settings { kind, lr, weight_decay, ..Settings::default() }
 }
 
-/// Ten steps; losses within 1e-4, norms of gradients and weights within 1e-3. A loss in f32 is within 1e-4 of itself: where gradients are nearly 0, Adam's
-/// first steps go where rounding points.
+/// Ten steps; losses within 1e-4, norms of gradients and weights within 1e-3. In f32, losses above 1 within 1e-4 of themselves, or as far as PyTorch's weights in
+/// f32 are from its own in f64, where that is more: where gradients are nearly 0, Adam's first steps go where rounding points.
 fn ten_steps<B: Train>(what: &str, t: &mut Trainer<B>, batch: &Batch, want: &Value) {
-    let exact = size_of::<B::Acc>() == 8;
+    let (exact, noise) = (size_of::<B::Acc>() == 8, want["float64"]["tensor"].as_f64().unwrap());
     let (losses, norms) = (floats(&want["losses"]), floats(&want["grad_norms"]));
     for (i, (loss, norm)) in losses.iter().zip(norms).enumerate() {
         // In two halves, which must be the step that the whole is.
         let r = t.step(&halves(batch)).unwrap();
-        let bound = 1e-4 * if exact { 1.0 } else { loss.max(1.0) };
+        let bound = if exact { 1e-4 } else { noise.max(1e-4) * loss.max(1.0) };
         assert!((r.loss - loss).abs() < bound, "{what}, step {i}: loss {}, not {loss}", r.loss);
         let got = r.stepped.grad_norm;
         assert!((got / norm - 1.0).abs() < 1e-3, "{what}, step {i}: norm {got}, not {norm}");
