@@ -28,7 +28,7 @@ const FFN: usize = 320;
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let (corpus, out, steps) = match &args[..] {
-        [corpus, out] => (corpus, out, 1500),
+        [corpus, out] => (corpus, out, 1200),
         [corpus, out, steps] if steps.parse::<u64>().is_ok() => (corpus, out, steps.parse().unwrap_or(0)),
         _ => {
             eprintln!("usage: make_tiny CORPUS OUT [STEPS]");

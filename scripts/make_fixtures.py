@@ -3,6 +3,7 @@
 
     python3 -m venv .venv && .venv/bin/pip install -r scripts/requirements.txt
     .venv/bin/python scripts/make_fixtures.py [OUTDIR]
+    .venv/bin/python scripts/make_fixtures.py --golden FOLDER      # golden outputs of a model that was made otherwise
 
 Weights are seeded random numbers; the goldens come from reference.py.
 """
@@ -296,7 +297,16 @@ def report(name, g):
     print(f"{name:14} smallest greedy gap {min(gaps):.4f}  logit spread {min(spread):.2f}  distinct {[len(set(c['greedy'])) for c in g['cases']]}")
 
 
+def golden_of(folder):
+    name = os.path.basename(os.path.normpath(folder))
+    g = golden(reference.load(folder), np.random.default_rng(100))
+    write_json(os.path.join(folder, "golden.json"), dict(model=name, **g))
+    report(name, g)
+
+
 def main():
+    if sys.argv[1:2] == ["--golden"]:
+        return golden_of(*sys.argv[2:])
     here = os.path.dirname(os.path.abspath(__file__))
     out = sys.argv[1] if len(sys.argv) > 1 else os.path.join(here, "..", "models")
     tokenizer, tokenizer_config = tokenizer_files(384)

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 fn fixtures() -> Vec<(PathBuf, PathBuf)> {
     let models = common::root().join("models");
-    let families = ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"].map(|f| format!("tiny-{f}"));
+    let families = ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3", "text"].map(|f| format!("tiny-{f}"));
     let folders = families.iter().map(|f| (models.join(f), models.join(f).join("golden.json")));
     let ggufs = ["legacy", "k"].map(|n| models.join("tiny-gguf").join(n));
     folders.chain(ggufs.iter().map(|p| (p.with_extension("gguf"), p.with_extension("golden.json")))).collect()

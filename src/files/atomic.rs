@@ -238,7 +238,8 @@ mod tests {
     fn a_writer_killed_at_any_moment_leaves_a_whole_folder() {
         if let Some(dir) = std::env::var_os("QUADRIGA_TEST_FOLDER") {
             for i in 0u64.. {
-                put(&Path::new(&dir).join("f"), &format!("{i},")).unwrap();
+                // No writer writes what another did.
+                put(&Path::new(&dir).join("f"), &format!("{}: {i},", std::process::id())).unwrap();
             }
         }
         let dir = tempfile::tempdir().unwrap();
