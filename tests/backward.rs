@@ -246,8 +246,8 @@ fn mixed_adapters_add_up() {
     }
 }
 
-/// How far a backend's gradients are from the specification's, tensor by tensor: the norm of the difference over the norm, with gradients that are small
-/// beside the whole judged by the whole.
+/// How far a backend's gradients are from the specification's, tensor by tensor: the norm of the difference over the
+/// norm, with gradients that are small beside the whole judged by the whole.
 fn distance(want: &[(String, Vec<f64>)], got: &[(String, Vec<f64>)]) -> (f64, String) {
     let norm = |g: &[f64]| g.iter().map(|g| g * g).sum::<f64>().sqrt();
     let whole = want.iter().map(|w| norm(&w.1).powi(2)).sum::<f64>().sqrt();

@@ -1,4 +1,5 @@
-//! Training against PyTorch (`scripts/train_reference.py`): gradients of every tensor, ten steps of LoRA and of full fine-tuning.
+//! Training against PyTorch (`scripts/train_reference.py`): gradients of every tensor, ten steps of LoRA and of full
+//! fine-tuning.
 
 mod common;
 
@@ -157,8 +158,9 @@ fn settings(kind: Kind, lr: f32, weight_decay: f32) -> Settings {
     Settings { kind, lr, weight_decay, ..Settings::default() }
 }
 
-/// Ten steps; losses within 1e-4, norms of gradients and weights within 1e-3. In f32, losses above 1 within 1e-4 of themselves, or as far as PyTorch's weights in
-/// f32 are from its own in f64, where that is more: where gradients are nearly 0, Adam's first steps go where rounding points.
+/// Ten steps; losses within 1e-4, norms of gradients and weights within 1e-3. In f32, losses above 1 within 1e-4 of
+/// themselves, or as far as PyTorch's weights in f32 are from its own in f64, where that is more: where gradients are
+/// nearly 0, Adam's first steps go where rounding points.
 fn ten_steps<B: Train>(what: &str, t: &mut Trainer<B>, batch: &Batch, want: &Value) {
     let (exact, noise) = (size_of::<B::Acc>() == 8, want["float64"]["tensor"].as_f64().unwrap());
     let (losses, norms) = (floats(&want["losses"]), floats(&want["grad_norms"]));

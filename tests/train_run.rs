@@ -1,5 +1,5 @@
-//! Training runs from files to files: a run that is killed and goes on ends with the same bits, bad data names its line, a run that diverges keeps its last good
-//! checkpoint, results are read back.
+//! Training runs from files to files: a run that is killed and goes on ends with the same bits, bad data names its
+//! line, a run that diverges keeps its last good checkpoint, results are read back.
 
 mod common;
 

@@ -16,9 +16,11 @@ pub mod host;
 pub mod naive;
 mod sampling;
 mod train;
+mod visible;
 
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, NO_TOKEN, Rule, Trees};
-pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Visible, Write};
+pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Write};
+pub use visible::Visible;
 
 use std::ops::Range;
 

@@ -1,12 +1,13 @@
 //! [`Train`]: what a training pass needs beyond [`Backend`]: backward of every op, LoRA, losses, optimisers.
 //!
-//! A pass works on the rows of packed sequences, `[rows, features]`; it has no cache. Gradients are in [`Backend::Acc`]; a
-//! gradient has the shape of what it is the gradient of. Gradients of weights are added to (`+=`), so that several passes make
-//! one step; gradients of activations are set unless a [`Write`] says which. Sums over rows have a fixed order that depends on the number of rows only:
-//! the same seed gives the same bits on any number of threads.
+//! A pass works on the rows of packed sequences, `[rows, features]`; it has no cache. Gradients are in
+//! [`Backend::Acc`]; a gradient has the shape of what it is the gradient of. Gradients of weights are added to (`+=`),
+//! so that several passes make one step; gradients of activations are set unless a [`Write`] says which. Sums over rows
+//! have a fixed order that depends on the number of rows only: the same seed gives the same bits on any number of
+//! threads.
 
-use super::{AttnSpec, Backend, Buffer, In, Out, TreeMask, WeightInfo};
-use crate::error::{Result, ensure};
+use super::{AttnSpec, Backend, Buffer, In, Out, Visible, WeightInfo};
+use crate::error::Result;
 use crate::model::config::Activation;
 
 /// Whether a result replaces what was there or is added to it.
@@ -18,137 +19,8 @@ pub enum Write {
     Add,
 }
 
-/// Which rows of a pass each row attends to, as ranges of row numbers: packing, windows, blocks and trees are all this.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Visible {
-    ends: Vec<u32>,
-    ranges: Vec<[u32; 2]>,
-}
-
-impl Visible {
-    /// No rows yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Appends a row that sees these ranges of rows, `[first, one behind the last]`, ascending and apart.
-    ///
-    /// # Errors
-    /// Ranges that are empty, overlap or descend; a row that sees nothing.
-    pub fn push(&mut self, ranges: &[[u32; 2]]) -> Result<()> {
-        let apart = ranges.windows(2).all(|w| w[0][1] <= w[1][0]);
-        let real = ranges.iter().all(|r| r[0] < r[1]) && !ranges.is_empty();
-        ensure!(apart && real, Shape, "row {} cannot see the ranges {ranges:?}", self.rows());
-        self.ranges.extend_from_slice(ranges);
-        self.ends.push(self.ranges.len() as u32);
-        Ok(())
-    }
-
-    fn of(rows: impl Iterator<Item = [usize; 2]>) -> Self {
-        let ranges: Vec<_> = rows.map(|[a, b]| [a as u32, b as u32]).collect();
-        Self { ends: (1..=ranges.len() as u32).collect(), ranges }
-    }
-
-    fn each(lens: &[usize], range: impl Fn(usize, usize) -> [usize; 2]) -> Self {
-        let starts = lens.iter().scan(0, |at, &n| Some((std::mem::replace(at, *at + n), n)));
-        Self::of(starts.flat_map(|(at, n)| (0..n).map(move |i| (at, n, i))).map(|(at, n, i)| {
-            let [a, b] = range(i, n);
-            [at + a, at + b.min(n)]
-        }))
-    }
-
-    /// Sequences of these lengths, one after another, whose rows see themselves and the `window` - 1 rows before (all before,
-    /// without a window).
-    pub fn causal(lens: &[usize], window: Option<usize>) -> Self {
-        Self::each(lens, |i, _| [window.map_or(0, |w| (i + 1).saturating_sub(w)), i + 1])
-    }
-
-    /// Sequences whose rows see all of their sequence.
-    pub fn full(lens: &[usize]) -> Self {
-        Self::each(lens, |_, n| [0, n])
-    }
-
-    /// Sequences cut into blocks of `block` rows: a row sees its own block and all before.
-    pub fn blocks(lens: &[usize], block: usize) -> Self {
-        Self::each(lens, |i, _| [0, (i / block.max(1) + 1) * block.max(1)])
-    }
-
-    /// The rows of a tree: each sees its ancestors and itself.
-    pub fn tree(tree: &TreeMask) -> Self {
-        let mut visible = Self::new();
-        for i in 0..tree.len() {
-            for j in (0..=i as u32).filter(|&j| tree.sees(i, j as usize)) {
-                let first = visible.ends.last().map_or(0, |&e| e as usize);
-                match visible.ranges[first..].last_mut() {
-                    Some(r) if r[1] == j => r[1] += 1,
-                    _ => visible.ranges.push([j, j + 1]),
-                }
-            }
-            visible.ends.push(visible.ranges.len() as u32);
-        }
-        visible
-    }
-
-    /// The same without what lies `window` or more positions before a row.
-    ///
-    /// # Errors
-    /// A row that then sees nothing.
-    pub fn windowed(&self, positions: &[u32], window: usize) -> Result<Self> {
-        let mut out = Self::new();
-        let mut ranges: Vec<[u32; 2]> = Vec::new();
-        for i in 0..self.rows() {
-            ranges.clear();
-            let near = |j: &u32| positions[*j as usize] as usize + window > positions[i] as usize;
-            for j in self.row(i).iter().flat_map(|r| r[0]..r[1]).filter(near) {
-                match ranges.last_mut() {
-                    Some(r) if r[1] == j => r[1] += 1,
-                    _ => ranges.push([j, j + 1]),
-                }
-            }
-            out.push(&ranges)?;
-        }
-        Ok(out)
-    }
-
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.ends.len()
-    }
-
-    /// What row `i` sees.
-    pub fn row(&self, i: usize) -> &[[u32; 2]] {
-        let first = if i == 0 { 0 } else { self.ends[i - 1] as usize };
-        &self.ranges[first..self.ends[i] as usize]
-    }
-
-    /// All ranges, row after row, and how many there are up to and with each row.
-    pub fn parts(&self) -> (&[[u32; 2]], &[u32]) {
-        (&self.ranges, &self.ends)
-    }
-
-    /// Whether row `i` sees row `j`.
-    pub fn sees(&self, i: usize, j: usize) -> bool {
-        self.row(i).iter().any(|r| (r[0] as usize..r[1] as usize).contains(&j))
-    }
-
-    /// Pairs of a row and a row that it sees.
-    pub fn pairs(&self) -> usize {
-        self.ranges.iter().map(|r| (r[1] - r[0]) as usize).sum()
-    }
-
-    /// Whether it is a table for `rows` rows and looks at no others.
-    ///
-    /// # Errors
-    /// If not.
-    pub fn check(&self, rows: usize) -> Result<()> {
-        let inside = self.ranges.iter().all(|r| r[1] as usize <= rows);
-        ensure!(self.rows() == rows && inside, Shape, "rows seen by {} rows, in a pass of {rows}", self.rows());
-        Ok(())
-    }
-}
-
-/// Columns `first .. first + n` of the rows of a matrix with `stride` columns: one module's part of the shrunk rows that modules with
-/// one input share.
+/// Columns `first .. first + n` of the rows of a matrix with `stride` columns: one module's part of the shrunk rows
+/// that modules with one input share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ranks {
     /// Columns of the matrix.
@@ -166,8 +38,8 @@ impl Ranks {
     }
 }
 
-/// Consecutive rows that use one matrix of an adapter. The groups of an op follow one another in its rows (SGMV: Chen et al. 2023,
-/// arXiv:2310.18547; groups of one row are its BGMV).
+/// Consecutive rows that use one matrix of an adapter. The groups of an op follow one another in its rows (SGMV: Chen
+/// et al. 2023, arXiv:2310.18547; groups of one row are its BGMV).
 pub struct Group<'a, B: Backend> {
     /// How many.
     pub rows: usize,
@@ -201,7 +73,8 @@ pub enum Target<'a, B: Backend> {
     ReverseKl(In<'a, B, B::Acc>),
     /// 1/2 sum_i |p_i - q_i|.
     TotalVariation(In<'a, B, B::Acc>),
-    /// The `k` likeliest tokens of each row, `[rows, k]`, all different: -sum p ln q over them, and, with `tail`, the rest as one more token:
+    /// The `k` likeliest tokens of each row, `[rows, k]`, all different: -sum p ln q over them, and, with `tail`, the
+    /// rest as one more token:
     /// -p_tail ln q_tail, p_tail = 1 - sum p.
     TopK {
         /// Tokens.
@@ -244,8 +117,8 @@ pub enum Update {
         /// Below the root.
         eps: f32,
     },
-    /// Optimistic gradient descent with the last gradient as the hint (Rakhlin & Sridharan 2013, arXiv:1208.3728): the anchor a -= lr (g + d a), and w = a - lr g is
-    /// played. State: a, which begins as w.
+    /// Optimistic gradient descent with the last gradient as the hint (Rakhlin & Sridharan 2013, arXiv:1208.3728): the
+    /// anchor a -= lr (g + d a), and w = a - lr g is played. State: a, which begins as w.
     Optimistic,
     /// The same along AdamW's direction. State: m, v, a.
     OptimisticAdam {
@@ -292,13 +165,15 @@ pub struct Step {
     pub scale: f32,
     /// Steps done with this one, from 1 on: Adam's bias correction.
     pub number: u64,
-    /// The proximal step of an L1 penalty behind the update: w (or its anchor) = r + soft(w - r, threshold), where r is the reference, or 0.
+    /// The proximal step of an L1 penalty behind the update: w (or its anchor) = r + soft(w - r, threshold), where r is
+    /// the reference, or 0.
     pub l1: f32,
 }
 
 /// Training on a device.
 pub trait Train: Backend {
-    /// A matrix `[rows, cols]` of 0 that [`Train::set_weight`] can change: in a plain type that products with it round to anyway.
+    /// A matrix `[rows, cols]` of 0 that [`Train::set_weight`] can change: in a plain type that products with it round
+    /// to anyway.
     fn trainable(&self, rows: usize, cols: usize) -> Result<Self::Weight>;
 
     /// w = values, rounded to its type. The matrix is of [`Train::trainable`].
@@ -316,7 +191,8 @@ pub trait Train: Backend {
     /// sum x^2, in a fixed order.
     fn sq_norm(&self, x: In<'_, Self, Self::Acc>) -> Result<f64>;
 
-    /// y\[r, o\] (+)= sum_i w\[o, i\] x\[r, i\] (+ bias\[o\]): [`Backend::linear`] for many rows, with operands never below the backend's type of them.
+    /// y\[r, o\] (+)= sum_i w\[o, i\] x\[r, i\] (+ bias\[o\]): [`Backend::linear`] for many rows, with operands never
+    /// below the backend's type of them.
     fn linear_fwd(
         &self,
         y: Out<'_, Self, Self::Acc>,
@@ -372,8 +248,9 @@ pub trait Train: Backend {
         act: Activation,
     ) -> Result<()>;
 
-    /// y\[i, h\] = sum_j p_ij v\[j\], p = softmax_j(scale q\[i, h\].k\[j\]) over the rows j that row i sees; `lse` `[rows, heads]` is the logarithm of the
-    /// softmax's denominator. The table of visible rows already knows of the window.
+    /// y\[i, h\] = sum_j p_ij v\[j\], p = softmax_j(scale q\[i, h\].k\[j\]) over the rows j that row i sees; `lse`
+    /// `[rows, heads]` is the logarithm of the softmax's denominator. The table of visible rows already knows of the
+    /// window.
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
@@ -387,8 +264,8 @@ pub trait Train: Backend {
     ) -> Result<()>;
 
     /// Of [`Train::attend`], from what it gave (Dao 2023, arXiv:2307.08691): with p_ij = exp(scale q_i.k_j - lse_i),
-    /// D_i = dy_i.y_i and s_ij = scale p_ij (dy_i.v_j - D_i): dq_i = sum_j s_ij k_j, dk_j = sum_i s_ij q_i, dv_j = sum_i p_ij dy_i; keys and values
-    /// sum over the heads that share them.
+    /// D_i = dy_i.y_i and s_ij = scale p_ij (dy_i.v_j - D_i): dq_i = sum_j s_ij k_j, dk_j = sum_i s_ij q_i, dv_j =
+    /// sum_i p_ij dy_i; keys and values sum over the heads that share them.
     #[allow(clippy::too_many_arguments)]
     fn attend_bwd(
         &self,
@@ -405,7 +282,8 @@ pub trait Train: Backend {
         spec: &AttnSpec,
     ) -> Result<()>;
 
-    /// [`Train::linear_fwd`] with a module of an adapter on it: y (+)= W x (+ bias) + scale B h\[part\], for one group of rows.
+    /// [`Train::linear_fwd`] with a module of an adapter on it: y (+)= W x (+ bias) + scale B h\[part\], for one group
+    /// of rows.
     #[allow(clippy::too_many_arguments)]
     fn linear_lora_fwd(
         &self,
@@ -423,8 +301,8 @@ pub trait Train: Backend {
         self.lora_expand(y.head_mut(n), h, part, &[group])
     }
 
-    /// dx = what all the linears of one input give, [`Train::linear_bwd_x`] of each with the gradient of its output, and, where they
-    /// are adapted, [`Train::lora_shrink_bwd`] of `lora`: dh, its ranks and A.
+    /// dx = what all the linears of one input give, [`Train::linear_bwd_x`] of each with the gradient of its output,
+    /// and, where they are adapted, [`Train::lora_shrink_bwd`] of `lora`: dh, its ranks and A.
     fn linears_bwd_x(
         &self,
         dx: &mut Self::Buf<Self::Acc>,
@@ -498,7 +376,8 @@ pub trait Train: Backend {
         groups: &[Group<'_, Self>],
     ) -> Result<()>;
 
-    /// db\[o, i\] += scale sum_r dy\[r, o\] h\[r, part i\]: one adapter's rows. A gradient over some rows only is one over gathered rows.
+    /// db\[o, i\] += scale sum_r dy\[r, o\] h\[r, part i\]: one adapter's rows. A gradient over some rows only is one
+    /// over gathered rows.
     fn lora_bwd_b(
         &self,
         db: Out<'_, Self, Self::Acc>,
@@ -517,8 +396,8 @@ pub trait Train: Backend {
         ranks: usize,
     ) -> Result<()>;
 
-    /// The loss of each row of `logits`, `[rows, vocab]`, which become its gradient times the row's weight. A row of weight 0 has a loss and no
-    /// gradient.
+    /// The loss of each row of `logits`, `[rows, vocab]`, which become its gradient times the row's weight. A row of
+    /// weight 0 has a loss and no gradient.
     fn loss_rows(
         &self,
         loss: Out<'_, Self, Self::Acc>,
@@ -530,7 +409,8 @@ pub trait Train: Backend {
     /// x = softmax(x / tau) for each row of `vocab` logits.
     fn softmax_rows(&self, x: Out<'_, Self, Self::Acc>, vocab: usize, tau: f32) -> Result<()>;
 
-    /// Mean over a row of d\^2/2 where |d| < 1, else |d| - 1/2, d = x - target; dx is its gradient by x times the row's weight.
+    /// Mean over a row of d\^2/2 where |d| < 1, else |d| - 1/2, d = x - target; dx is its gradient by x times the row's
+    /// weight.
     fn smooth_l1(
         &self,
         loss: Out<'_, Self, Self::Acc>,

@@ -25,7 +25,8 @@ const GOOD: f64 = 0.6;
 
 /// The roofs that an operation stands under on one device.
 pub(super) trait Roofs {
-    /// Those of an operation when its weights or cached rows are (`cold`) or are not read from memory, and what the first is called.
+    /// Those of an operation when its weights or cached rows are (`cold`) or are not read from memory, and what the
+    /// first is called.
     fn of(&self, arithmetic: Arithmetic, cold: bool) -> (Peaks, &'static str);
 }
 

@@ -296,8 +296,8 @@ pub(super) enum AccuracyBy {
 
 #[derive(Args)]
 pub(super) struct AccuracyArgs {
-    /// A .jsonl or .jsonl.gz of tasks: prompt and completion, question and answer, or input and label; rows of `--split` where rows
-    /// name theirs.
+    /// A .jsonl or .jsonl.gz of tasks: prompt and completion, question and answer, or input and label; rows of
+    /// `--split` where rows name theirs.
     pub file: PathBuf,
     /// Which rows.
     #[arg(long, default_value = "test")]

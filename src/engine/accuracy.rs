@@ -57,8 +57,8 @@ struct Job<'a> {
     on: &'a mut dyn FnMut(),
 }
 
-/// The rows of a prompt with all labels behind it: each label has the prompt's last token as its own first row, whose successors it predicts, and
-/// sees no other label.
+/// The rows of a prompt with all labels behind it: each label has the prompt's last token as its own first row, whose
+/// successors it predicts, and sees no other label.
 fn branches(prompt: &[u32], labels: &[Vec<u32>]) -> Result<(Vec<u32>, Vec<u32>, Visible)> {
     let (last, shared) = (prompt[prompt.len() - 1], &prompt[..prompt.len() - 1]);
     let (mut tokens, n) = (shared.to_vec(), shared.len() as u32);

@@ -33,7 +33,8 @@ pub struct TrainSpeed {
     pub steps: Vec<f64>,
     /// Seconds of each forward pass with its loss, sorted.
     pub forwards: Vec<f64>,
-    /// Floating-point operations of a step: products of weights, of attention and of adapters; what is computed twice counts once.
+    /// Floating-point operations of a step: products of weights, of attention and of adapters; what is computed twice
+    /// counts once.
     pub flops: f64,
 }
 

@@ -167,8 +167,8 @@ impl TrainRun {
         })
     }
 
-    /// Runs it on the model at `model`; results, checkpoints and the curve go to the folder `out`. With `resume`, goes on from the
-    /// newest checkpoint there, if there is one.
+    /// Runs it on the model at `model`; results, checkpoints and the curve go to the folder `out`. With `resume`, goes
+    /// on from the newest checkpoint there, if there is one.
     ///
     /// # Errors
     /// Whatever is wrong with settings, data, files or device, by name; `Diverged` with the last good checkpoint kept.

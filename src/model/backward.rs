@@ -54,7 +54,8 @@ impl<B: Train> Model<B> {
         Ok(())
     }
 
-    /// Turns `room.dx` from the gradient of layer `i`'s output into that of its input; not where it is the `last` layer that trains.
+    /// Turns `room.dx` from the gradient of layer `i`'s output into that of its input; not where it is the `last` layer
+    /// that trains.
     fn layer_backward(
         &self,
         i: usize,

@@ -1,4 +1,5 @@
-//! Low-rank adapters: y = W x + scale B A x (Hu et al. 2021, arXiv:2106.09685) on any linear of any layer, each with its own rank.
+//! Low-rank adapters: y = W x + scale B A x (Hu et al. 2021, arXiv:2106.09685) on any linear of any layer, each with
+//! its own rank.
 //!
 //! Modules that read the same input stack their A, so that one product shrinks the input for all of them.
 
@@ -227,7 +228,8 @@ impl<B: Train> Adapter<B> {
         sites.flat_map(|s| std::iter::once(&mut s.a).chain(s.modules.iter_mut().map(|m| &mut m.b)))
     }
 
-    /// Lets the adapters of layers train or not: gradients exist only where they do, and a backward pass ends at the lowest of them.
+    /// Lets the adapters of layers train or not: gradients exist only where they do, and a backward pass ends at the
+    /// lowest of them.
     pub fn train(&mut self, be: &B, layers: impl Fn(usize) -> bool) -> Result<()> {
         for (i, sites) in self.layers.iter_mut().enumerate() {
             for s in sites.iter_mut().flatten() {
@@ -298,7 +300,8 @@ impl<B: Train> SiteAdapter<B> {
         be.lora_shrink(h, x, self.ranks, &[Group { rows, matrix: self.a.values(), scale: 1.0 }])
     }
 
-    /// y (+)= W x (+ bias), and scale B h where the linear is adapted; `site` is what its input is shrunk by, with what that gave.
+    /// y (+)= W x (+ bias), and scale B h where the linear is adapted; `site` is what its input is shrunk by, with what
+    /// that gave.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn linear(
         be: &B,

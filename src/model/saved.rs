@@ -29,8 +29,8 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// `tokens` with their positions in their sequences; `visible` says who sees whom, `wanted` which rows a loss looks at. The model's window,
-    /// if it has one, is applied by position on top.
+    /// `tokens` with their positions in their sequences; `visible` says who sees whom, `wanted` which rows a loss looks
+    /// at. The model's window, if it has one, is applied by position on top.
     ///
     /// # Errors
     /// Lengths that differ, a token outside the vocabulary, wanted rows that are not there or come twice.

@@ -36,8 +36,8 @@ impl<B: Backend> Model<B> {
 }
 
 impl<B: Train> Model<B> {
-    /// Runs the rows of `pass`, with `adapter` on top of the weights. The final hidden states of its wanted rows, normed, lie in
-    /// `saved` for [`Model::head`].
+    /// Runs the rows of `pass`, with `adapter` on top of the weights. The final hidden states of its wanted rows,
+    /// normed, lie in `saved` for [`Model::head`].
     ///
     /// # Errors
     /// A pass larger than planned; the device's errors.
@@ -196,9 +196,9 @@ impl<B: Train> Head<B> {
 }
 
 impl<B: Train> Model<B> {
-    /// The loss of each wanted row of the last pass, and, where `grad`, its gradient for [`Model::backward`]: that of the row's loss
-    /// times its weight. `target` gives what the rows of a range should have been. `dw` is the gradient of the vocabulary matrix, if
-    /// that trains.
+    /// The loss of each wanted row of the last pass, and, where `grad`, its gradient for [`Model::backward`]: that of
+    /// the row's loss times its weight. `target` gives what the rows of a range should have been. `dw` is the gradient
+    /// of the vocabulary matrix, if that trains.
     ///
     /// # Errors
     /// The device's.

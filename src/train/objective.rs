@@ -27,7 +27,8 @@ pub struct Answers {
 }
 
 /// -ln sigmoid(beta d), d = how much more the policy prefers the chosen answer than the reference does (Rafailov et al. 2023,
-/// arXiv:2305.18290), and its derivatives by the policy's two log-probabilities: the weights of the answers' rows under cross-entropy are their negatives.
+/// arXiv:2305.18290), and its derivatives by the policy's two log-probabilities: the weights of the answers' rows under
+/// cross-entropy are their negatives.
 pub fn dpo(answers: &Answers, beta: f64) -> (f64, [f64; 2]) {
     let Answers { policy: p, reference: r } = answers;
     let (loss, [a, b]) = bradley_terry(beta * (p[0] - r[0]), beta * (p[1] - r[1]));

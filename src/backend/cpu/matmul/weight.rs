@@ -16,9 +16,9 @@ use crate::tensor::{Bytes, HostTensor};
 
 /// Bytes packed by one task, and between two releases of source pages.
 const CHUNK: usize = 256 << 10;
-/// From so many bytes on a plain matrix moves to huge pages: page walks cost a fifth of the speed of one row, a copy is made
-/// once. Smaller ones, of tiny models, stay in the file's map: beside large ones they would keep their neighbours' pages there too,
-/// since the system maps pages around the one that is asked for.
+/// From so many bytes on a plain matrix moves to huge pages: page walks cost a fifth of the speed of one row, a copy is
+/// made once. Smaller ones, of tiny models, stay in the file's map: beside large ones they would keep their neighbours'
+/// pages there too, since the system maps pages around the one that is asked for.
 const COPY: usize = 128 << 10;
 
 /// A weight matrix `[rows, cols]`: plain types row-major, quantised ones repacked into panels of 16 outputs.
@@ -73,8 +73,8 @@ impl PackedWeight {
         Ok(Self { dtype, rows, cols, store })
     }
 
-    /// A plain matrix of zeros that [`PackedWeight::set`] can change: in the type to which fast products round their operands, where
-    /// they do.
+    /// A plain matrix of zeros that [`PackedWeight::set`] can change: in the type to which fast products round their
+    /// operands, where they do.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -150,8 +150,9 @@ impl PackedWeight {
         }
     }
 
-    /// What [`row_f32`](Self::row_f32) gives of rows `row..row + 32` and columns `col..col + 32`, both multiples of 32, as far
-    /// as they exist (but for the sign of zeros): of plain types `out[row][col]`, of quantised ones `out[col][row]`.
+    /// What [`row_f32`](Self::row_f32) gives of rows `row..row + 32` and columns `col..col + 32`, both multiples of 32,
+    /// as far as they exist (but for the sign of zeros): of plain types `out[row][col]`, of quantised ones
+    /// `out[col][row]`.
     pub(in crate::backend::cpu) fn square(&self, tier: Tier, row: usize, col: usize, out: &mut [f32; BLOCK * BLOCK]) {
         let (rows, cols) = (BLOCK.min(self.rows - row), BLOCK.min(self.cols - col));
         if !self.dtype.is_quantized() {
