@@ -3,7 +3,8 @@
 #
 #   kernels/test.sh [NAME...]        all test_*.cpp, or those of these names (rows, matmul, ...)
 #
-# MODES="plain address,undefined thread" chooses among the builds; OUT is the folder they go to; CXX the compiler, with LDFLAGS.
+# MODES="plain address,undefined thread" chooses among the builds; OUT is the folder they go to; CXX the compiler, with LDFLAGS; JOBS how many
+# run at a time (default: one a core).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${OUT:-${TMPDIR:-/tmp}/quadriga-kernel-tests}
@@ -22,16 +23,28 @@ for f in "$here"/emu/emu*.cpp; do
   fi
   emulator+=("$object")
 done
+# Builds and runs one; what it has to say is kept until the others before it have said theirs.
+one() {
+  echo "== $name, $mode"
+  # A test includes the .cu files it is about.
+  "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "${emulator[@]}" -o "$out/$name" -pthread ${LDFLAGS:-} || return 1
+  local status=0
+  ASAN_OPTIONS=detect_leaks=0 "$out/$name" >"$out/$name.log" 2>&1 || { status=1; cat "$out/$name.log"; }
+  tail -1 "$out/$name.log"
+  return $status
+}
 failed=0
 for mode in ${MODES:-plain address,undefined thread}; do
-  san=() opt=-O2
+  san=() opt=-O2 pids=()
   [[ $mode == plain ]] || san=("-fsanitize=$mode") opt=-O1
   for name in "${names[@]}"; do
-    echo "== $name, $mode"
-    # A test includes the .cu files it is about.
-    "$cxx" "${flags[@]}" $opt "${san[@]}" -x c++ "$here/emu/test/test_$name.cpp" -x none "${emulator[@]}" -o "$out/$name" -pthread ${LDFLAGS:-}
-    ASAN_OPTIONS=detect_leaks=0 "$out/$name" >"$out/$name.log" 2>&1 || { failed=1; cat "$out/$name.log"; }
-    tail -1 "$out/$name.log"
+    while (($(jobs -rp | wc -l) >= ${JOBS:-$(nproc)})); do sleep 0.2; done
+    one >"$out/$name.said" 2>&1 &
+    pids+=($!)
+  done
+  for i in "${!names[@]}"; do
+    wait "${pids[i]}" || failed=1
+    cat "$out/${names[i]}.said"
   done
 done
 exit $failed
