@@ -29,6 +29,14 @@ pub(super) fn cost(op: &TrainOp, weights: usize, pairs: usize, s: Sizes) -> Cost
         LinearBwdX { rows, input, output, write, .. } => {
             (weights + rows * (added(write) * input + output) * acc, 2 * rows * input * output)
         }
+        LinearLoraFwd { rows, input, output, part, write, .. } => (
+            weights + rows * (input * act + (added(write) * output + part.n) * acc) + output * part.n * acc,
+            2 * rows * output * (input + part.n),
+        ),
+        LinearsBwdX { rows, input, output, linears, ranks, .. } => (
+            weights * linears + (rows * (input + output * linears + ranks) + ranks * input) * acc,
+            2 * rows * input * (output * linears + ranks),
+        ),
         LinearBwdW { rows, input, output } => {
             (2 * input * output * acc + rows * (input * act + output * acc), 2 * rows * input * output)
         }

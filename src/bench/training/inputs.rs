@@ -73,6 +73,14 @@ fn buffers(op: &TrainOp, s: &TrainSetup) -> Buffers {
         Zero { n } | SqNorm { n } => (plain(&[n]), vec![]),
         LinearFwd { rows, input, output, .. } => (plain(&[rows * output, output]), vec![(rows * input, s.linear)]),
         LinearBwdX { rows, input, output, .. } => (product(rows * input, s.linear, &[rows * output]), vec![]),
+        LinearLoraFwd { rows, input, output, part, .. } => {
+            (product(rows * output, s.lora, &[rows * part.stride, output * part.n]), vec![(rows * input, s.linear)])
+        }
+        LinearsBwdX { rows, input, output, linears, ranks, .. } => {
+            let mut all = product(rows * input, s.lora, &[rows * ranks, ranks * input]);
+            all.extend((0..linears).map(|_| (rows * output, s.linear)));
+            (all, vec![])
+        }
         LinearBwdW { rows, input, output } => {
             (product(output * input, s.linear, &[rows * output]), vec![(rows * input, s.linear)])
         }
@@ -134,7 +142,10 @@ impl Inputs {
             ..Self::default()
         };
         match *op {
-            TrainOp::LinearFwd { dtype, input, output, .. } | TrainOp::LinearBwdX { dtype, input, output, .. } => {
+            TrainOp::LinearFwd { dtype, input, output, .. }
+            | TrainOp::LinearBwdX { dtype, input, output, .. }
+            | TrainOp::LinearLoraFwd { dtype, input, output, .. }
+            | TrainOp::LinearsBwdX { dtype, input, output, .. } => {
                 let mut w = matrix(&mut rng, dtype, output, input)?;
                 if setup.linear != Storage::F32 {
                     let mut values = w.to_f32();

@@ -97,6 +97,10 @@ fn linears(v: &mut Vec<TrainOp>) {
                 let (write, other) = if j % 2 == 0 { (Write::Set, Write::Add) } else { (Write::Add, Write::Set) };
                 v.push(LinearFwd { dtype, rows, input, output, bias: j % 3 == 1, write });
                 v.push(LinearBwdX { dtype, rows, input, output, write: other });
+                let n = [1, 3, 8][(i + j) % 3];
+                let part = [Ranks::all(n), Ranks { stride: 2 * n + 3, first: n + 3, n }][j % 2];
+                v.push(LinearLoraFwd { dtype, rows, input, output, part, write });
+                v.push(LinearsBwdX { dtype, rows, input, output, linears: 1 + j % 3, ranks: [n, 0][(i + j) / 2 % 2] });
             }
         }
     }
@@ -176,6 +180,15 @@ pub fn realistic() -> Vec<Case<TrainOp>> {
             SoftmaxRows { rows: TILE, vocab },
         ]);
         ops.extend(losses(32).map(|loss| LossRows { rows: TILE, vocab, loss }));
+        let stacked = Ranks { stride: 24, first: 0, n: 8 };
+        for (input, output, part, write, linears, ranks) in [
+            (d, q, stacked, Write::Set, 3, 24),
+            (d, ffn, Ranks { stride: 16, first: 8, n: 8 }, Write::Set, 2, 16),
+            (ffn, d, Ranks::all(8), Write::Add, 1, 8),
+        ] {
+            ops.push(LinearLoraFwd { dtype, rows, input, output, part, write });
+            ops.push(LinearsBwdX { dtype, rows, input, output, linears, ranks });
+        }
         if !large {
             ops.push(EmbedBwd { vocab, rows, d });
             ops.push(LinearBwdW { rows: TILE, input: d, output: vocab });

@@ -42,8 +42,11 @@ impl SelfAttn {
     /// None for the trees made here.
     pub fn visible(&self) -> Result<Visible> {
         Ok(match self.see {
-            See::Causal => Visible::causal(self.lens, None),
-            See::Window(w) => Visible::causal(self.lens, Some(w)),
+            See::Causal => Visible::causal(self.lens),
+            See::Window(w) => {
+                let positions: Vec<u32> = self.lens.iter().flat_map(|&n| 0..n as u32).collect();
+                Visible::causal(self.lens).windowed(&positions, w)?
+            }
             See::Full => Visible::full(self.lens),
             See::Blocks(n) => Visible::blocks(self.lens, n),
             See::Tree => {
@@ -81,31 +84,134 @@ pub struct Rule {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum TrainOp {
-    SetWeight { input: usize, output: usize },
-    Copy { n: usize },
-    Zero { n: usize },
-    Axpy { n: usize },
-    SqNorm { n: usize },
-    LinearFwd { dtype: DType, rows: usize, input: usize, output: usize, bias: bool, write: Write },
-    LinearBwdX { dtype: DType, rows: usize, input: usize, output: usize, write: Write },
-    LinearBwdW { rows: usize, input: usize, output: usize },
-    ColumnSums { rows: usize, d: usize },
-    RmsNormBwd { rows: usize, d: usize, dw: bool, write: Write },
-    GluBwd { rows: usize, d: usize, act: Activation },
+    SetWeight {
+        input: usize,
+        output: usize,
+    },
+    Copy {
+        n: usize,
+    },
+    Zero {
+        n: usize,
+    },
+    Axpy {
+        n: usize,
+    },
+    SqNorm {
+        n: usize,
+    },
+    LinearFwd {
+        dtype: DType,
+        rows: usize,
+        input: usize,
+        output: usize,
+        bias: bool,
+        write: Write,
+    },
+    LinearBwdX {
+        dtype: DType,
+        rows: usize,
+        input: usize,
+        output: usize,
+        write: Write,
+    },
+    /// With a module of an adapter of rank `part.n`.
+    LinearLoraFwd {
+        dtype: DType,
+        rows: usize,
+        input: usize,
+        output: usize,
+        part: Ranks,
+        write: Write,
+    },
+    /// Of `linears` linears that share a matrix here, and `ranks` ranks of adapters, 0 for none.
+    LinearsBwdX {
+        dtype: DType,
+        rows: usize,
+        input: usize,
+        output: usize,
+        linears: usize,
+        ranks: usize,
+    },
+    LinearBwdW {
+        rows: usize,
+        input: usize,
+        output: usize,
+    },
+    ColumnSums {
+        rows: usize,
+        d: usize,
+    },
+    RmsNormBwd {
+        rows: usize,
+        d: usize,
+        dw: bool,
+        write: Write,
+    },
+    GluBwd {
+        rows: usize,
+        d: usize,
+        act: Activation,
+    },
     Attend(SelfAttn),
     AttendBwd(SelfAttn),
-    ScatterRows { into: usize, rows: usize, d: usize },
-    EmbedBwd { vocab: usize, rows: usize, d: usize },
-    LoraShrink { groups: &'static [usize], input: usize, ranks: usize },
-    LoraExpand { groups: &'static [usize], output: usize, part: Ranks },
-    LoraExpandBwd { groups: &'static [usize], output: usize, part: Ranks },
-    LoraShrinkBwd { groups: &'static [usize], input: usize, ranks: usize },
-    LoraBwdB { rows: usize, output: usize, part: Ranks },
-    LoraBwdA { rows: usize, input: usize, ranks: usize },
-    LossRows { rows: usize, vocab: usize, loss: Loss },
-    SoftmaxRows { rows: usize, vocab: usize },
-    SmoothL1 { rows: usize, d: usize },
-    Optimize { n: usize, rule: Rule },
+    ScatterRows {
+        into: usize,
+        rows: usize,
+        d: usize,
+    },
+    EmbedBwd {
+        vocab: usize,
+        rows: usize,
+        d: usize,
+    },
+    LoraShrink {
+        groups: &'static [usize],
+        input: usize,
+        ranks: usize,
+    },
+    LoraExpand {
+        groups: &'static [usize],
+        output: usize,
+        part: Ranks,
+    },
+    LoraExpandBwd {
+        groups: &'static [usize],
+        output: usize,
+        part: Ranks,
+    },
+    LoraShrinkBwd {
+        groups: &'static [usize],
+        input: usize,
+        ranks: usize,
+    },
+    LoraBwdB {
+        rows: usize,
+        output: usize,
+        part: Ranks,
+    },
+    LoraBwdA {
+        rows: usize,
+        input: usize,
+        ranks: usize,
+    },
+    LossRows {
+        rows: usize,
+        vocab: usize,
+        loss: Loss,
+    },
+    SoftmaxRows {
+        rows: usize,
+        vocab: usize,
+    },
+    SmoothL1 {
+        rows: usize,
+        d: usize,
+    },
+    Optimize {
+        n: usize,
+        rule: Rule,
+    },
 }
 
 use TrainOp::*;
@@ -121,6 +227,8 @@ impl TrainOp {
             SqNorm { .. } => "sq_norm",
             LinearFwd { .. } => "linear_fwd",
             LinearBwdX { .. } => "linear_bwd_x",
+            LinearLoraFwd { .. } => "linear_lora_fwd",
+            LinearsBwdX { .. } => "linears_bwd_x",
             LinearBwdW { .. } => "linear_bwd_w",
             ColumnSums { .. } => "column_sums",
             RmsNormBwd { .. } => "rms_norm_bwd",
@@ -144,7 +252,11 @@ impl TrainOp {
 
     /// The same with weights of another type, where there are weights.
     pub fn with_weights(mut self, to: DType) -> Self {
-        if let LinearFwd { dtype, .. } | LinearBwdX { dtype, .. } = &mut self {
+        if let LinearFwd { dtype, .. }
+        | LinearBwdX { dtype, .. }
+        | LinearLoraFwd { dtype, .. }
+        | LinearsBwdX { dtype, .. } = &mut self
+        {
             *dtype = to;
         }
         self
@@ -152,7 +264,8 @@ impl TrainOp {
 
     /// Whether it is, in the main, a product of large matrices.
     pub fn multiplies_matrices(&self) -> bool {
-        matches!(self, LinearFwd { .. } | LinearBwdX { .. } | LinearBwdW { .. }) || self.attn().is_some()
+        let fused = matches!(self, LinearLoraFwd { .. } | LinearsBwdX { .. });
+        fused || matches!(self, LinearFwd { .. } | LinearBwdX { .. } | LinearBwdW { .. }) || self.attn().is_some()
     }
 
     /// The part of attention, where there is one.
@@ -170,6 +283,8 @@ impl TrainOp {
         match *self {
             SetWeight { input, .. } | LinearFwd { input, .. } | LoraShrink { input, .. } => input,
             LinearBwdX { output, .. } | LoraExpandBwd { output, .. } => output,
+            LinearLoraFwd { input, part, .. } => input + part.n,
+            LinearsBwdX { output, linears, ranks, .. } => output * linears + ranks,
             LinearBwdW { rows, .. } | LoraBwdB { rows, .. } | LoraBwdA { rows, .. } => rows,
             ColumnSums { rows, .. } | EmbedBwd { rows, .. } => rows,
             LoraExpand { part, .. } => part.n,
@@ -212,6 +327,12 @@ impl fmt::Display for TrainOp {
             }
             LinearBwdX { dtype, rows, input, output, write } => {
                 write!(f, "{dtype} {rows}x{input}<{output}{}", sign(write))
+            }
+            LinearLoraFwd { dtype, rows, input, output, part: p, write } => {
+                write!(f, "{dtype} {rows}x{input}>{output} rank {}{}", part(p), sign(write))
+            }
+            LinearsBwdX { dtype, rows, input, output, linears, ranks } => {
+                write!(f, "{dtype} {rows}x{input}<{linears}x{output}+{ranks}")
             }
             LinearBwdW { rows, input, output } => write!(f, "{output}x{input} of {rows}"),
             ColumnSums { rows, d } | SmoothL1 { rows, d } => write!(f, "{rows}x{d}"),

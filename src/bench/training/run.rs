@@ -6,7 +6,7 @@ use super::ops::{Loss, TrainOp};
 use crate::backend::{Buffer, Group, In, Step, Target, Train, Visible, WeightInfo, Write};
 use crate::bench::inputs::{from_elems, to_elems};
 use crate::bench::timing;
-use crate::dtype::Elem;
+use crate::dtype::{Elem, Real};
 use crate::error::Result;
 use crate::perf::Cost;
 
@@ -130,6 +130,16 @@ impl<'b, B: Train> PreparedTrain<'b, B> {
                 be.linear_fwd(out(y), all(x), w, bias.then_some(&*b), write)
             }
             (LinearBwdX { write, .. }, [dx, dy], _, Some(w)) => be.linear_bwd_x(out(dx), all(dy), w, write),
+            (LinearLoraFwd { rows, part, write, .. }, [y, h, b], [x], Some(w)) => {
+                // A power of two, so that a backend may scale an operand before it rounds it.
+                let group = Group { rows, matrix: all(b), scale: 2.0 };
+                be.linear_lora_fwd(y, all(x), w, None, write, all(h), part, group)
+            }
+            (LinearsBwdX { rows, linears, ranks, .. }, [dx, dh, a, dys @ ..], _, Some(w)) => {
+                let readers: Vec<_> = dys[..linears].iter().map(|dy| (all(dy), &*w)).collect();
+                let lora = (ranks > 0).then(|| (all(dh), ranks, all(a)));
+                be.linears_bwd_x(dx, rows, &readers, lora)
+            }
             (LinearBwdW { rows, .. }, [dw, dy], [x], _) => be.linear_bwd_w(out(dw), all(dy), all(x), rows),
             (ColumnSums { .. }, [db, dy], ..) => be.column_sums(out(db), all(dy)),
             (RmsNormBwd { dw: asked, write, .. }, [dx, dw, dy, x, w], ..) => {
@@ -251,7 +261,7 @@ fn target<'a, B: Train>(loss: Loss, inputs: &'a Inputs, p: &'a B::Buf<B::Acc>) -
     }
 }
 
-fn download<B: Train, T: Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<f64>> {
+fn download<B: Train, T: Real>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<f64>> {
     let mut host = vec![T::default(); n];
     be.download(from, &mut host)?;
     Ok(from_elems(&host))
