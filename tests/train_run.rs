@@ -138,6 +138,8 @@ fn bad_data_and_bad_settings_are_named() {
     refuse(text(&bad), &["--max-length", "4"], &["long.jsonl", "line 1", "--long-rows"]);
     refuse(text(&dir.path().join("none.jsonl")), &[], &["none.jsonl"]);
     refuse(text(&good), &["--rank", "0"], &["rank 0"]);
+    refuse(text(&good), &["--adapter", "somewhere"], &["--adapter"]);
+    refuse(text(&good), &["--long-rows", "cut"], &["--long-rows cut", "truncate"]);
     refuse(text(&good), &["--targets", "q,head"], &["head", "gate"]);
     refuse(text(&good), &["--lr", "-1"], &["lr", "-1"]);
     refuse(text(&good), &["--optimizer", "adagrad"], &["--optimizer adagrad"]);
@@ -162,6 +164,9 @@ fn a_diverging_run_stops_with_its_last_good_checkpoint() {
     let steps: Vec<_> = std::fs::read_dir(out.join("checkpoints")).unwrap().collect();
     assert!(!steps.is_empty());
     assert!(!out.join("model").exists());
+    let newest = quadriga::train::Checkpoint::latest(&out.join("checkpoints")).unwrap().unwrap();
+    let state = quadriga::train::Checkpoint::load(&newest).unwrap();
+    assert!(state.step > 0 && state.tensors.iter().all(|t| t.2.iter().all(|x| x.is_finite())));
 }
 
 /// What was trained is a model like any other: it generates, an adapter merges into it, and its accuracy is measured.

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::flags::{BenchTrainArgs, Common};
 use super::out;
+use super::train::named;
 use crate::bench::peaks::matrix_peak;
 use crate::engine::{Lora, Method, TrainBench, train_speed};
 use crate::error::{Result, ensure};
@@ -14,11 +15,8 @@ pub(super) fn run(common: &Common, args: &BenchTrainArgs) -> Result<()> {
     ensure!(args.steps >= 1, Usage, "--steps 0 measures nothing");
     let lora = Lora { rank: args.rank, alpha: 2.0 * args.rank as f32, ..Lora::default() };
     let method = if args.full { Method::Full } else { Method::Lora(lora) };
-    let recompute = match args.recompute {
-        super::flags::RecomputeFlag::Nothing => Recompute::Nothing,
-        super::flags::RecomputeFlag::Pointwise => Recompute::Pointwise,
-        super::flags::RecomputeFlag::Layer => Recompute::Layer,
-    };
+    let mut recompute = Recompute::default();
+    named("--recompute", &args.recompute, &mut recompute)?;
     let what = TrainBench { method, tokens: args.tokens, steps: args.steps, recompute };
     let options = common.options()?;
     let roof = options.cpu().map(|cpu| matrix_peak(&cpu))?;

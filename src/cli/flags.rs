@@ -413,16 +413,6 @@ pub(super) struct TrainArgs {
     pub recompute: Option<String>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-pub(super) enum RecomputeFlag {
-    /// Everything is kept.
-    Nothing,
-    /// Normed rows and gated activations are computed again.
-    Pointwise,
-    /// Everything but each layer's input is.
-    Layer,
-}
-
 #[derive(Args)]
 pub(super) struct BenchTrainArgs {
     /// All weights instead of a LoRA adapter.
@@ -437,9 +427,9 @@ pub(super) struct BenchTrainArgs {
     /// Steps that are timed.
     #[arg(long, default_value_t = 7)]
     pub steps: usize,
-    /// What the backward pass computes again.
-    #[arg(long, value_enum, default_value = "pointwise")]
-    pub recompute: RecomputeFlag,
+    /// What the backward pass computes again: nothing, pointwise or layer.
+    #[arg(long)]
+    pub recompute: Option<String>,
 }
 
 /// The type that `--weights` names.

@@ -40,7 +40,7 @@ fn set<T: Clone>(to: &mut T, flag: &Option<T>) {
 }
 
 /// A word as the setting that it names in `run.json`.
-fn named<T: DeserializeOwned>(flag: &str, word: &Option<String>, to: &mut T) -> Result<()> {
+pub(super) fn named<T: DeserializeOwned>(flag: &str, word: &Option<String>, to: &mut T) -> Result<()> {
     if let Some(word) = word {
         let parsed = T::deserialize(serde_json::Value::from(word.as_str()));
         *to = parsed.map_err(|e| Error::new(ErrorKind::Usage, format!("{flag} {word}: {e}")))?;
@@ -76,7 +76,7 @@ fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> 
     set(&mut plan.keep, &a.keep);
     set(&mut plan.eval_every, &a.eval_every);
     set(&mut reading.max_length, &a.max_length);
-    set(&mut reading.long_rows, &a.long_rows);
+    named("--long-rows", &a.long_rows, &mut reading.long_rows)?;
     set(&mut reading.limit, &a.limit);
     reading.chat |= a.chat;
     named("--optimizer", &a.optimizer, &mut optimizer.kind)?;
@@ -85,7 +85,7 @@ fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> 
     set(&mut optimizer.weight_decay, &a.weight_decay);
     set(&mut optimizer.clip, &a.clip);
     set(&mut optimizer.schedule.warmup, &a.warmup);
-    set(&mut run.recompute, &a.recompute);
+    named("--recompute", &a.recompute, &mut run.recompute)?;
     Ok(run)
 }
 

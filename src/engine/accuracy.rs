@@ -62,7 +62,7 @@ struct Job<'a> {
 fn branches(prompt: &[u32], labels: &[Vec<u32>]) -> Result<(Vec<u32>, Vec<u32>, Visible)> {
     let (last, shared) = (prompt[prompt.len() - 1], &prompt[..prompt.len() - 1]);
     let (mut tokens, n) = (shared.to_vec(), shared.len() as u32);
-    let (mut positions, mut visible): (Vec<u32>, _) = ((0..n).collect(), Visible::causal(&[shared.len()], None));
+    let (mut positions, mut visible): (Vec<u32>, _) = ((0..n).collect(), Visible::causal(&[shared.len()]));
     for label in labels {
         let first = tokens.len() as u32;
         for (i, t) in (0..).zip(std::iter::once(last).chain(label[..label.len() - 1].iter().copied())) {

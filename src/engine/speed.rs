@@ -1,17 +1,16 @@
 //! How fast a model trains: steps over random tokens.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::{EngineOptions, Method, OnDevice, on_device};
 use crate::backend::Train;
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::format::Checkpoint;
 use crate::model::roles::Role;
-use crate::model::{Adapter, Model, ModelConfig, Recompute};
+use crate::model::{ModelConfig, Recompute};
 use crate::rng::Rng;
-use crate::train::{Batch, Settings, Trainable, Trainer};
+use crate::train::{Batch, Settings, Trainer};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -77,20 +76,7 @@ impl OnDevice for Job<'_> {
     type Out = TrainSpeed;
     fn run<B: Train>(self, be: B, options: &EngineOptions) -> Result<TrainSpeed> {
         let Self { checkpoint, what } = self;
-        let (be, progress) = (Arc::new(be), |done, total| options.progress.iter().for_each(|p| p(done, total)));
-        let (model, trainable) = match &what.method {
-            Method::Lora(lora) => {
-                let specs = lora.modules(checkpoint.config())?;
-                let model = Model::load(be, checkpoint, progress).context(|| "weights".into())?;
-                let mut adapter = Adapter::init(model.backend(), model.config(), &specs, 0)?;
-                adapter.train(model.backend(), |_| true)?;
-                (model, Trainable::Adapter(adapter))
-            }
-            Method::Full => {
-                let (model, full) = Model::load_trainable(be, checkpoint, progress).context(|| "weights".into())?;
-                (model, Trainable::Full(full))
-            }
-        };
+        let (model, trainable) = what.method.load(be, checkpoint, 0, options)?;
         let (mut rng, n, cfg) = (Rng::new(0), what.tokens, model.config().clone());
         let tokens: Vec<u32> = (0..n).map(|_| rng.below(cfg.vocab) as u32).collect();
         let labels = (1..n).map(|i| (i as u32 - 1, tokens[i])).collect();

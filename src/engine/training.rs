@@ -9,7 +9,7 @@ use super::{EngineOptions, Texts, on_device};
 use crate::backend::Train;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::Checkpoint;
-use crate::format::peft::{ADAPTABLE, PeftAdapter, PeftTensor};
+use crate::format::peft::{PeftAdapter, PeftTensor};
 use crate::format::write_model::{can_write, write_model};
 use crate::model::lora::{ModuleSpec, ModuleValues};
 use crate::model::roles::{LayerRole, TensorSource};
@@ -61,7 +61,7 @@ impl Lora {
         let in_order = |&r: &LayerRole| roles.contains(&r);
         let specs = (first..cfg.layers).flat_map(|layer| {
             let spec = move |role| ModuleSpec { role, layer, rank: self.rank, scale: self.scale() };
-            ADAPTABLE.into_iter().filter(in_order).map(spec)
+            LayerRole::LINEARS.into_iter().filter(in_order).map(spec)
         });
         Ok(specs.collect())
     }
@@ -87,14 +87,42 @@ pub enum Method {
     Full,
 }
 
+impl Method {
+    /// The model on a device, with what of it trains.
+    pub(super) fn load<B: Train>(
+        &self,
+        be: B,
+        checkpoint: &Checkpoint,
+        seed: u64,
+        options: &EngineOptions,
+    ) -> Result<(Model<B>, Trainable<B>)> {
+        let other = options.adapter.is_none();
+        ensure!(other, Usage, "--adapter: a run trains the model's own weights, or an adapter of its own");
+        let (be, progress) = (Arc::new(be), |done, total| options.progress.iter().for_each(|p| p(done, total)));
+        match self {
+            Method::Lora(lora) => {
+                let specs = lora.modules(checkpoint.config())?;
+                let model = Model::load(be, checkpoint, progress).context(|| "weights".into())?;
+                let mut adapter = Adapter::init(model.backend(), model.config(), &specs, seed)?;
+                adapter.train(model.backend(), |_| true)?;
+                Ok((model, Trainable::Adapter(adapter)))
+            }
+            Method::Full => {
+                let (model, full) = Model::load_trainable(be, checkpoint, progress).context(|| "weights".into())?;
+                Ok((model, Trainable::Full(full)))
+            }
+        }
+    }
+}
+
 /// How data files are read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSettings {
     /// Most tokens of an example; windows of a text file.
     pub max_length: usize,
-    /// error, truncate or skip.
-    pub long_rows: String,
+    /// What to do with longer ones.
+    pub long_rows: LongRows,
     /// Prompts and completions as turns of the model's chat form.
     pub chat: bool,
     /// Ends texts and completions with the end token.
@@ -105,21 +133,20 @@ pub struct DataSettings {
 
 impl Default for DataSettings {
     fn default() -> Self {
-        Self { max_length: 1024, long_rows: "error".into(), chat: false, eos: true, limit: 0 }
+        Self { max_length: 1024, long_rows: LongRows::Error, chat: false, eos: true, limit: 0 }
     }
 }
 
 impl DataSettings {
     fn load(&self, path: &Path, texts: &Texts) -> Result<Dataset> {
-        let long_rows = match self.long_rows.as_str() {
-            "error" => LongRows::Error,
-            "truncate" => LongRows::Truncate,
-            "skip" => LongRows::Skip,
-            other => bail!(Usage, "--long-rows {other}: expected error, truncate or skip"),
-        };
         let pairs = if self.chat { Pairs::Chat } else { Pairs::Plain };
-        let options =
-            Options { max_tokens: self.max_length, long_rows, append_eos: self.eos, pairs, ..Options::default() };
+        let options = Options {
+            max_tokens: self.max_length,
+            long_rows: self.long_rows,
+            append_eos: self.eos,
+            pairs,
+            ..Options::default()
+        };
         let mut set = Dataset::load(path, texts, &options)?;
         if self.limit > 0 {
             set.examples.truncate(self.limit);
@@ -148,25 +175,12 @@ pub struct TrainRun {
     /// Length and rhythm.
     #[serde(default)]
     pub plan: Plan,
-    /// What the backward pass computes again: nothing, pointwise or layer.
-    #[serde(default = "pointwise")]
-    pub recompute: String,
-}
-
-fn pointwise() -> String {
-    "pointwise".into()
+    /// What the backward pass computes again.
+    #[serde(default)]
+    pub recompute: Recompute,
 }
 
 impl TrainRun {
-    fn recompute(&self) -> Result<Recompute> {
-        Ok(match self.recompute.as_str() {
-            "nothing" => Recompute::Nothing,
-            "pointwise" => Recompute::Pointwise,
-            "layer" => Recompute::Layer,
-            other => bail!(Usage, "--recompute {other}: expected nothing, pointwise or layer"),
-        })
-    }
-
     /// Runs it on the model at `model`; results, checkpoints and the curve go to the folder `out`. With `resume`, goes
     /// on from the newest checkpoint there, if there is one.
     ///
@@ -185,7 +199,6 @@ impl TrainRun {
             can_write(&checkpoint)?;
         }
         self.plan.validate()?;
-        self.recompute()?;
         let texts = Texts::new(checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let examples = self.reading.load(&self.data, &texts)?.examples;
         let held_out = match &self.held_out {
@@ -230,21 +243,8 @@ impl super::OnDevice for Job<'_> {
     type Out = Outcome;
     fn run<B: Train>(self, be: B, options: &EngineOptions) -> Result<Outcome> {
         let Self { run: settings, plan, checkpoint, .. } = self;
-        let (be, progress) = (Arc::new(be), |done, total| options.progress.iter().for_each(|p| p(done, total)));
-        let (model, trainable) = match &settings.method {
-            Method::Lora(lora) => {
-                let specs = lora.modules(checkpoint.config())?;
-                let model = Model::load(be, checkpoint, progress).context(|| "weights".into())?;
-                let mut adapter = Adapter::init(model.backend(), model.config(), &specs, plan.seed)?;
-                adapter.train(model.backend(), |_| true)?;
-                (model, Trainable::Adapter(adapter))
-            }
-            Method::Full => {
-                let (model, full) = Model::load_trainable(be, checkpoint, progress).context(|| "weights".into())?;
-                (model, Trainable::Full(full))
-            }
-        };
-        let mut trainer = Trainer::new(model, trainable, self.optimizer, plan.batch_tokens, settings.recompute()?)?;
+        let (model, trainable) = settings.method.load(be, checkpoint, plan.seed, options)?;
+        let mut trainer = Trainer::new(model, trainable, self.optimizer, plan.batch_tokens, settings.recompute)?;
         let json = serde_json::to_value(settings).map_err(|e| Error::with_source(ErrorKind::Config, "settings", e))?;
         std::fs::create_dir_all(self.out).map_err(|e| Error::io(self.out.display(), e))?;
         crate::files::write_file(&self.out.join("run.json"), |to| Ok(serde_json::to_writer_pretty(to, &json)?))?;

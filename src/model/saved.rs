@@ -1,12 +1,15 @@
 //! What a training pass keeps for its backward, and the room that both work in.
 
+use serde::{Deserialize, Serialize};
+
 use super::config::ModelConfig;
 use super::lora::Adapter;
 use crate::backend::{Backend, Train, Visible};
 use crate::error::{Result, ensure};
 
 /// What is computed again in the backward pass instead of kept. Results are the same to the last bit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Recompute {
     /// Nothing.
     Nothing,
@@ -64,7 +67,7 @@ impl Pass {
     /// As [`Pass::new`].
     pub fn causal(cfg: &ModelConfig, tokens: Vec<u32>, lens: &[usize], wanted: Vec<u32>) -> Result<Self> {
         let positions = lens.iter().flat_map(|&n| 0..n as u32).collect();
-        Self::new(cfg, tokens, positions, Visible::causal(lens, None), wanted)
+        Self::new(cfg, tokens, positions, Visible::causal(lens), wanted)
     }
 
     /// Rows.

@@ -15,6 +15,8 @@ pub use files::{for_each_line, is_lines, read_all};
 pub use record::{Content, Record, Turn};
 pub use tokens::{Encode, example};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 
 /// A sequence of tokens and which of them are labels.
@@ -27,7 +29,8 @@ pub struct Example {
 }
 
 /// What to do with a row that has more tokens than allowed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum LongRows {
     /// Refuse the file.
     #[default]
