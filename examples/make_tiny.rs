@@ -1,7 +1,7 @@
 //! Trains the language model of `models/tiny-text` from nothing: byte-level BPE and weights, on a text file.
 //!
-//! `cargo run --release --example make_tiny -- CORPUS OUT [STEPS]`, in the repository's root; models/README.md says which corpus. OUT/model is
-//! the result, in F16. The same corpus, machine and thread count are not needed for the same quality, only for the same bits.
+//! `cargo run --release --example make_tiny -- CORPUS OUT [STEPS]`, in the repository's root; models/README.md says which
+//! corpus. OUT/model is the result, in F16. The bits depend on the corpus and on the CPU's instructions, not on its threads.
 
 use std::fs;
 use std::path::Path;
