@@ -11,8 +11,8 @@ use quadriga::backend::naive::Naive;
 use quadriga::backend::{Backend, Buffer, Target, Train, TreeMask, Visible};
 use quadriga::dtype::Real;
 use quadriga::format::Checkpoint;
-use quadriga::model::lora::{LINEARS, ModuleSpec, ModuleValues};
-use quadriga::model::roles::Role;
+use quadriga::model::lora::{ModuleSpec, ModuleValues};
+use quadriga::model::roles::{LayerRole, Role};
 use quadriga::model::{Adapter, Full, Head, Model, ModelConfig, Param, Pass, Recompute, Saved};
 use quadriga::rng::Rng;
 
@@ -27,7 +27,7 @@ fn modules(cfg: &ModelConfig) -> Vec<ModuleValues> {
     let mut rng = Rng::new(3);
     let mut all = Vec::new();
     for layer in 0..cfg.layers {
-        for (i, role) in LINEARS.into_iter().enumerate().filter(|(i, _)| (i + layer) % 4 != 3) {
+        for (i, role) in LayerRole::LINEARS.into_iter().enumerate().filter(|(i, _)| (i + layer) % 4 != 3) {
             let [out, input] = Role::Layer(layer, role).shape(cfg).unwrap();
             let rank = 1 + (i + layer) % 3;
             let mut values = |n: usize| (0..n).map(|_| 0.1 * rng.normal()).collect();
@@ -109,7 +109,7 @@ impl<B: Train> Case<B> {
 }
 
 fn packed(_: usize) -> Visible {
-    Visible::causal(&[11, 6], None)
+    Visible::causal(&[11, 6])
 }
 
 /// Along a random direction of each tensor, and along one entry of it, the loss changes as the gradient says.

@@ -9,7 +9,7 @@ use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
 use quadriga::backend::{Buffer, Train};
 use quadriga::format::Checkpoint;
-use quadriga::model::lora::{LINEARS, ModuleSpec, ModuleValues};
+use quadriga::model::lora::{ModuleSpec, ModuleValues};
 use quadriga::model::roles::{LayerRole, Role};
 use quadriga::model::{Adapter, Full, Model, ModelConfig, Pass, Recompute};
 use quadriga::train::optim::Kind;
@@ -141,7 +141,7 @@ fn gradients_are_pytorchs() {
 fn adapter(cfg: &ModelConfig) -> Vec<ModuleValues> {
     let mut all = Vec::new();
     for layer in 0..cfg.layers {
-        for (index, role) in LINEARS.into_iter().enumerate() {
+        for (index, role) in LayerRole::LINEARS.into_iter().enumerate() {
             let [out, input] = Role::Layer(layer, role).shape(cfg).unwrap();
             let value = |i: usize, j: usize| {
                 0.05 * (1.0 + 0.37 * i as f64 + 0.11 * j as f64 + 0.5 * layer as f64 + index as f64).sin()

@@ -174,8 +174,11 @@ fn the_proximal_step_shrinks_towards_the_reference() {
 #[test]
 fn rows_that_are_seen() {
     let rows = |v: &Visible| (0..v.rows()).map(|i| v.row(i).to_vec()).collect::<Vec<_>>();
-    assert_eq!(rows(&Visible::causal(&[2, 3], Some(2))), [[[0, 1]], [[0, 2]], [[2, 3]], [[2, 4]], [[3, 5]]]);
-    assert_eq!(rows(&Visible::causal(&[3], None)), [[[0, 1]], [[0, 2]], [[0, 3]]]);
+    assert_eq!(
+        rows(&Visible::causal(&[2, 3]).windowed(&[0, 1, 0, 1, 2], 2).unwrap()),
+        [[[0, 1]], [[0, 2]], [[2, 3]], [[2, 4]], [[3, 5]]]
+    );
+    assert_eq!(rows(&Visible::causal(&[3])), [[[0, 1]], [[0, 2]], [[0, 3]]]);
     assert_eq!(rows(&Visible::full(&[2, 1])), [[[0, 2]], [[0, 2]], [[2, 3]]]);
     assert_eq!(rows(&Visible::blocks(&[3, 2], 2)), [[[0, 2]], [[0, 2]], [[0, 3]], [[3, 5]], [[3, 5]]]);
     let tree = Visible::tree(&TreeMask::new(&[TreeMask::ROOT, 0, 0, 2]).unwrap());

@@ -5,7 +5,7 @@ mod train;
 
 use super::host::HostBuf;
 use super::sampling::width;
-use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Rule, Segment, Trees, WeightInfo};
+use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Rule, Segment, Train, Trees, WeightInfo, Write};
 use crate::dtype::Elem;
 use crate::error::Result;
 use crate::model::config::Activation;
@@ -144,12 +144,7 @@ impl Backend for Naive {
     }
 
     fn linear(&self, y: &mut [f64], x: &[f64], w: &Matrix, bias: Option<&HostBuf<f64>>) -> Result<()> {
-        for (y, x) in y.chunks_exact_mut(w.rows).zip(x.chunks_exact(w.cols)) {
-            for (o, y) in y.iter_mut().enumerate() {
-                *y = dot(&w.data[o * w.cols..][..w.cols], x) + bias.map_or(0.0, |b| b[o]);
-            }
-        }
-        Ok(())
+        self.linear_fwd(y, x, w, bias, Write::Set)
     }
 
     fn glu(&self, y: &mut [f64], gate: &[f64], up: &[f64], act: Activation) -> Result<()> {

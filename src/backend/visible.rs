@@ -42,10 +42,9 @@ impl Visible {
         }))
     }
 
-    /// Sequences of these lengths, one after another, whose rows see themselves and the `window` - 1 rows before (all before,
-    /// without a window).
-    pub fn causal(lens: &[usize], window: Option<usize>) -> Self {
-        Self::each(lens, |i, _| [window.map_or(0, |w| (i + 1).saturating_sub(w)), i + 1])
+    /// Sequences of these lengths, one after another, whose rows see themselves and all before; [`Visible::windowed`] makes a window of it.
+    pub fn causal(lens: &[usize]) -> Self {
+        Self::each(lens, |i, _| [0, i + 1])
     }
 
     /// Sequences whose rows see all of their sequence.

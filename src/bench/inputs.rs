@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::dtype::{DType, Elem};
+use crate::dtype::{DType, Elem, Real};
 use crate::error::Result;
 use crate::rng::Rng;
 use crate::tensor::HostTensor;
@@ -61,17 +61,8 @@ pub fn to_elems<T: Elem>(values: &[f32]) -> Vec<T> {
 }
 
 /// The inverse of [`to_elems`], in f64 so that nothing is lost.
-///
-/// # Panics
-/// As [`to_elems`].
-pub fn from_elems<T: Elem>(values: &[T]) -> Vec<f64> {
-    match T::NAME {
-        "f32" => bytemuck::cast_slice::<T, f32>(values).iter().map(|&x| f64::from(x)).collect(),
-        "f64" => bytemuck::cast_slice(values).to_vec(),
-        "bf16" => bytemuck::cast_slice::<T, bf16>(values).iter().map(|x| x.to_f64()).collect(),
-        "f16" => bytemuck::cast_slice::<T, f16>(values).iter().map(|x| x.to_f64()).collect(),
-        other => panic!("{other} holds no activations"),
-    }
+pub fn from_elems<T: Real>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|x| x.to_f64()).collect()
 }
 
 /// `n` standard normal values.

@@ -24,12 +24,6 @@ const TENSORS: &str = "adapter_model.safetensors";
 /// Upper bound of a configuration; patterns name at most every projection.
 const MAX_CONFIG: u64 = 16 << 20;
 
-/// The projections that an adapter may change.
-pub const ADAPTABLE: [LayerRole; 7] = {
-    use LayerRole::*;
-    [Q, K, V, O, Gate, Up, Down]
-};
-
 /// One adapter, in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftAdapter {
@@ -50,7 +44,7 @@ pub struct PeftAdapter {
 pub struct PeftTensor {
     /// The layer, from 0.
     pub layer: usize,
-    /// The projection, one of [`ADAPTABLE`].
+    /// The projection, one of [`LayerRole::LINEARS`].
     pub module: LayerRole,
     /// Its rank.
     pub rank: usize,
@@ -101,7 +95,7 @@ struct Module {
 }
 
 fn modules(c: &ModelConfig) -> impl Iterator<Item = Module> {
-    let places = (0..c.layers).flat_map(|layer| ADAPTABLE.map(|role| (layer, role)));
+    let places = (0..c.layers).flat_map(|layer| LayerRole::LINEARS.map(|role| (layer, role)));
     places.filter_map(|(layer, role)| {
         let slot = slot(c, Role::Layer(layer, role))?;
         let path = slot.hf.strip_suffix(".weight")?.to_owned();
@@ -156,7 +150,7 @@ impl PeftAdapter {
             used.push((module, t));
         }
         ensure!(!used.is_empty(), Shape, "the adapter has no matrices");
-        used.sort_by_key(|(m, _)| (m.layer, ADAPTABLE.iter().position(|r| *r == m.role)));
+        used.sort_by_key(|(m, _)| (m.layer, LayerRole::LINEARS.iter().position(|r| *r == m.role)));
 
         let (mut ranks, mut alphas) = (Map::new(), Map::new());
         for (m, t) in &used {
@@ -169,7 +163,7 @@ impl PeftAdapter {
         }
         // The short names say it all if each projection is adapted in every layer or in none.
         let adapted = |role| used.iter().filter(|(m, _)| m.role == role).count();
-        let short = ADAPTABLE.iter().all(|r| [0, c.layers].contains(&adapted(*r)));
+        let short = LayerRole::LINEARS.iter().all(|r| [0, c.layers].contains(&adapted(*r)));
         let mut targets: Vec<&str> = Vec::new();
         for (m, _) in &used {
             let name = if short { m.path.rsplit('.').next().unwrap_or(&m.path) } else { &m.path };

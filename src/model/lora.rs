@@ -91,10 +91,6 @@ impl Site {
     }
 }
 
-/// The linears of a layer, in the order of the forward pass.
-pub const LINEARS: [LayerRole; 7] =
-    [LayerRole::Q, LayerRole::K, LayerRole::V, LayerRole::O, LayerRole::Gate, LayerRole::Up, LayerRole::Down];
-
 /// What one linear's adapter is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModuleSpec {
@@ -156,7 +152,7 @@ impl<B: Train> Adapter<B> {
         for m in modules {
             let ModuleSpec { role, layer, .. } = m.spec;
             ensure!(
-                LINEARS.contains(&role) && layer < cfg.layers,
+                LayerRole::LINEARS.contains(&role) && layer < cfg.layers,
                 Config,
                 "layer {layer} has no linear {role} to adapt"
             );
@@ -172,8 +168,8 @@ impl<B: Train> Adapter<B> {
         for &spec in specs {
             let [out, input] = Role::Layer(spec.layer, spec.role).shape(cfg).unwrap_or([0, 0]);
             // One stream for each module: the others do not change what it begins as.
-            let place = LINEARS.iter().position(|&r| r == spec.role).unwrap_or(0);
-            let mut rng = Rng::stream(seed, (spec.layer * LINEARS.len() + place) as u64);
+            let place = LayerRole::LINEARS.iter().position(|&r| r == spec.role).unwrap_or(0);
+            let mut rng = Rng::stream(seed, (spec.layer * LayerRole::LINEARS.len() + place) as u64);
             let bound = (input.max(1) as f32).powf(-0.5);
             let a = (0..spec.rank * input).map(|_| bound * (2.0 * rng.uniform() - 1.0)).collect();
             values.push(ModuleValues { spec, a, b: vec![0.0; out * spec.rank] });

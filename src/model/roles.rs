@@ -76,6 +76,12 @@ impl fmt::Display for LayerRole {
 }
 
 impl LayerRole {
+    /// The linears of a layer, in the order of the forward pass: what an adapter may change.
+    pub const LINEARS: [LayerRole; 7] = {
+        use LayerRole::*;
+        [Q, K, V, O, Gate, Up, Down]
+    };
+
     /// Every role of a layer.
     pub const ALL: [LayerRole; 16] = {
         use LayerRole::*;

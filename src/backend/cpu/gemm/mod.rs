@@ -28,7 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use super::matmul::PackedWeight;
 use super::pool::Pool;
 use super::{Compute, Tier};
-use crate::backend::WeightInfo;
+use crate::backend::{WeightInfo, Write};
 use crate::error::{Result, ensure};
 use pack::{LANES, Out, Side, Source, Tile, UNIT};
 
@@ -53,15 +53,6 @@ pub enum Operand<'a> {
     Weight(&'a PackedWeight),
     /// (i, k) = W[k, i]
     WeightT(&'a PackedWeight),
-}
-
-/// How a product is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Store {
-    /// c = s p
-    Set,
-    /// c += s p
-    Add,
 }
 
 /// Rows and columns of c, and the length of the sums; each at least 1.
@@ -178,14 +169,14 @@ pub fn gemm(
     shape: Shape,
     c: &mut [f32],
     stride: usize,
-    store: Store,
+    write: Write,
     scale: f32,
     a: Operand<'_>,
     b: Operand<'_>,
 ) -> Result<()> {
     let Shape { m, n, k } = shape;
     check(m, n, c, stride, &[Term { a, b, k }])?;
-    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, store, scale, &[Term { a, b, k }]);
+    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, write, scale, &[Term { a, b, k }]);
     Ok(())
 }
 
@@ -210,11 +201,11 @@ pub fn gemm_sum(
     [m, n]: [usize; 2],
     c: &mut [f32],
     stride: usize,
-    store: Store,
+    write: Write,
     terms: &[Term<'_>],
 ) -> Result<()> {
     check(m, n, c, stride, terms)?;
-    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, store, 1.0, terms);
+    product(cx, Path::of(cx.tier, cx.compute), [m, n], c, stride, write, 1.0, terms);
     Ok(())
 }
 
@@ -345,7 +336,7 @@ fn product(
     [m, n]: [usize; 2],
     c: &mut [f32],
     stride: usize,
-    store: Store,
+    write: Write,
     scale: f32,
     terms: &[Term<'_>],
 ) {
@@ -355,7 +346,7 @@ fn product(
     let ((shared, dealt), (of_shared, of_dealt)) =
         if rows_shared { ((m, n), (Side::A, Side::B)) } else { ((n, m), (Side::B, Side::A)) };
     let each = dealt.div_ceil(cx.pool.threads() * TASKS_PER_THREAD).next_multiple_of(UNIT).min(TASK);
-    let mut out = Out::new(c, stride, store == Store::Add, scale, path.tier());
+    let mut out = Out::new(c, stride, write == Write::Add, scale, path.tier());
     let tiles_of = |values: usize| values.div_ceil(UNIT) * (UNIT / LANES / path.values());
     let blocks = blocks(path, terms);
     let steps_of = |block: &[(usize, Range<usize>)]| block.iter().map(|(_, ks)| tiles_of(ks.len())).sum::<usize>();

@@ -75,11 +75,11 @@ fn agrees(what: &str, (m, n, k): (usize, usize, usize), (a, av): &(Kept, Vec<f32
     settings(|path, cx| {
         let (av, bv): (Vec<f64>, Vec<f64>) =
             (av.iter().map(|&x| seen(path, x)).collect(), bv.iter().map(|&x| seen(path, x)).collect());
-        for (store, scale) in [(Store::Set, 1.0f32), (Store::Add, -0.75)] {
+        for (write, scale) in [(Write::Set, 1.0f32), (Write::Add, -0.75)] {
             let before = inputs(m, stride, 5);
             let mut c = before.clone();
             let term = Term { a: a.operand(), b: b.operand(), k };
-            product(&cx, path, [m, n], &mut c[..(m - 1) * stride + n], stride, store, scale, &[term]);
+            product(&cx, path, [m, n], &mut c[..(m - 1) * stride + n], stride, write, scale, &[term]);
             for (at, (&c, &before)) in c.iter().zip(&before).enumerate() {
                 let (i, j) = (at / stride, at % stride);
                 if j >= n {
@@ -88,11 +88,11 @@ fn agrees(what: &str, (m, n, k): (usize, usize, usize), (a, av): &(Kept, Vec<f32
                 }
                 let products = av[i * k..(i + 1) * k].iter().zip(&bv[j * k..]).map(|(a, b)| a * b);
                 let (sum, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
-                let old = if store == Store::Add { before as f64 } else { 0.0 };
+                let old = if write == Write::Add { before as f64 } else { 0.0 };
                 let (want, bound) = (old + scale as f64 * sum, 2e-6 * (size + old.abs()));
                 assert!(
                     (c as f64 - want).abs() <= bound,
-                    "{what}, {path:?}, {store:?}, {m} {n} {k}, ({i}, {j}): {c}, want {want} of size {size}"
+                    "{what}, {path:?}, {write:?}, {m} {n} {k}, ({i}, {j}): {c}, want {want} of size {size}"
                 );
             }
         }
@@ -139,7 +139,7 @@ fn elements_do_not_depend_on_their_company() {
     let mut known: Vec<(Path, Vec<u32>)> = Vec::new();
     settings(|path, cx| {
         let mut c = vec![0.0; m * n];
-        product(&cx, path, [m, n], &mut c, n, Store::Set, 0.3, &[Term { a: a.operand(), b: b.operand(), k }]);
+        product(&cx, path, [m, n], &mut c, n, Write::Set, 0.3, &[Term { a: a.operand(), b: b.operand(), k }]);
         let bits: Vec<u32> = c.iter().map(|c| c.to_bits()).collect();
         match known.iter().find(|(p, _)| *p == path) {
             Some((_, known)) => assert!(*known == bits, "{path:?}: threads change the result"),
@@ -149,7 +149,7 @@ fn elements_do_not_depend_on_their_company() {
         for (m, first, n) in [(1, 0, n), (9, 40, 43), (40, 5, 33), (300, 1, 1), (65, 0, 64)] {
             let mut part = vec![0.0; m * n];
             let b = Operand::Cols { x: &x[first..], stride };
-            product(&cx, path, [m, n], &mut part, n, Store::Set, 0.3, &[Term { a: a.operand(), b, k }]);
+            product(&cx, path, [m, n], &mut part, n, Write::Set, 0.3, &[Term { a: a.operand(), b, k }]);
             for (at, c) in part.iter().enumerate() {
                 let whole = bits[at / n * 83 + first + at % n];
                 assert!(c.to_bits() == whole, "{path:?}: {m} rows, {n} columns from {first}, element {at}");
@@ -166,7 +166,7 @@ fn operands_are_rounded_to_the_nearest_even() {
         for b in [Operand::Rows { x: &x, stride: 1 }, Operand::Cols { x: &x, stride: 6 }] {
             let mut c = [0.0; 6];
             let one = Operand::Rows { x: &[1.0], stride: 1 };
-            product(&cx, path, [1, 6], &mut c, 6, Store::Set, 1.0, &[Term { a: one, b, k: 1 }]);
+            product(&cx, path, [1, 6], &mut c, 6, Write::Set, 1.0, &[Term { a: one, b, k: 1 }]);
             let same = if path.halves() { c[..5] == want } else { c == x };
             assert!(same, "{path:?}: {c:?}");
         }
@@ -181,7 +181,7 @@ fn what_does_not_fit_is_an_error() {
     let x = [0.0; 128];
     let rows = |n: usize, stride: usize| Operand::Rows { x: &x[..n], stride };
     let run = |n: usize, k: usize, c: usize, stride: usize, a, b| {
-        let e = gemm(&cx, Shape { m: 2, n, k }, &mut [0.0; 16][..c], stride, Store::Set, 1.0, a, b).err()?;
+        let e = gemm(&cx, Shape { m: 2, n, k }, &mut [0.0; 16][..c], stride, Write::Set, 1.0, a, b).err()?;
         assert_eq!(e.kind(), ErrorKind::Shape);
         Some(e.to_string())
     };
@@ -219,9 +219,9 @@ fn terms_add_up() {
                 let pool = Pool::new(threads);
                 let cx = GemmCx { pool: &pool, tier, compute, scratch: &scratch };
                 let (mut together, mut apart) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
-                gemm_sum(&cx, [m, n], &mut together, n, Store::Set, &terms).unwrap();
+                gemm_sum(&cx, [m, n], &mut together, n, Write::Set, &terms).unwrap();
                 for t in &terms {
-                    gemm(&cx, Shape { m, n, k: t.k }, &mut apart, n, Store::Add, 1.0, t.a, t.b).unwrap();
+                    gemm(&cx, Shape { m, n, k: t.k }, &mut apart, n, Write::Add, 1.0, t.a, t.b).unwrap();
                 }
                 let worst = together.iter().zip(&apart).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
                 assert!(worst < 1e-3, "{tier} {compute:?}: {worst}");
@@ -232,5 +232,5 @@ fn terms_add_up() {
     }
     let pool = Pool::new(1);
     let cx = GemmCx { pool: &pool, tier: Tier::Portable, compute: Compute::Exact, scratch: &scratch };
-    assert!(gemm_sum(&cx, [m, n], &mut vec![0.0; m * n], n, Store::Set, &[]).is_err());
+    assert!(gemm_sum(&cx, [m, n], &mut vec![0.0; m * n], n, Write::Set, &[]).is_err());
 }

@@ -7,12 +7,12 @@ use std::sync::PoisonError;
 use half::bf16;
 
 use super::super::Cpu;
-use super::super::gemm::{Operand, Shape, Store, gemm, rounds};
+use super::super::gemm::{Operand, Shape, gemm, rounds};
 use super::super::lanes::math::exp;
 use super::super::lanes::{Kernel, Simd, dispatch};
 use super::super::logits::greatest;
 use super::super::rows::{check_equal, each_vector};
-use crate::backend::{AttnSpec, Visible};
+use crate::backend::{AttnSpec, Visible, Write};
 use crate::error::{Result, ensure};
 
 /// Rows of a block.
@@ -152,14 +152,14 @@ impl Cpu {
                         let p = first(&mut room.p, m * n);
                         let (a, keys) =
                             (Operand::Rows { x: queries, stride: d }, Operand::Rows { x: b.of(k), stride: kv });
-                        self.product([m, n, d], p, n, Store::Set, spec.scale, a, keys);
+                        self.product([m, n, d], p, n, Write::Set, spec.scale, a, keys);
                         for (r, p) in p.chunks_exact_mut(n).enumerate() {
                             let l = dispatch(self.tier(), Softmax { p, block: &b, row: r % b.rows });
                             lse[r % b.rows * spec.heads + kv_head * b.group() + r / b.rows] = l;
                         }
                         let out = first(&mut room.y, m * d);
                         let (a, values) = (Operand::Rows { x: p, stride: n }, Operand::Cols { x: b.of(v), stride: kv });
-                        self.product([m, d, n], out, d, Store::Set, 1.0, a, values);
+                        self.product([m, d, n], out, d, Write::Set, 1.0, a, values);
                         b.scatter(y, out);
                     });
                 }
@@ -175,12 +175,12 @@ impl Cpu {
         [m, n, k]: [usize; 3],
         c: &mut [f32],
         stride: usize,
-        store: Store,
+        write: Write,
         scale: f32,
         a: Operand<'_>,
         b: Operand<'_>,
     ) {
-        gemm(&self.gemm_cx(), Shape { m, n, k }, c, stride, store, scale, a, b).expect("shapes that were checked");
+        gemm(&self.gemm_cx(), Shape { m, n, k }, c, stride, write, scale, a, b).expect("shapes that were checked");
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -271,20 +271,20 @@ impl Cpu {
             let (p, s) = (first(p, m * n), first(s, m * n));
             let (qs, dys) = (Operand::Rows { x: qs, stride: d }, &*dys);
             let dy = Operand::Rows { x: dys, stride: d };
-            self.product([m, n, d], p, n, Store::Set, spec.scale, qs, Operand::Rows { x: b.of(k), stride: kv });
-            self.product([m, n, d], s, n, Store::Set, 1.0, dy, Operand::Rows { x: b.of(v), stride: kv });
+            self.product([m, n, d], p, n, Write::Set, spec.scale, qs, Operand::Rows { x: b.of(k), stride: kv });
+            self.product([m, n, d], s, n, Write::Set, 1.0, dy, Operand::Rows { x: b.of(v), stride: kv });
             for (r, (p, s)) in p.chunks_exact_mut(n).zip(s.chunks_exact_mut(n)).enumerate() {
                 let lse = lse[r % b.rows * spec.heads + b.kv_head * b.group() + r / b.rows];
                 let (y, dy) = (&ys[r * d..][..d], &dys[r * d..][..d]);
                 dispatch(self.tier(), Gradient { p, s, y, dy, lse, scale: spec.scale, block: b, row: r % b.rows });
             }
             let (ds, transposed) = (Operand::Rows { x: s, stride: n }, Operand::Cols { x: s, stride: n });
-            self.product([m, d, n], ys, d, Store::Set, 1.0, ds, Operand::Cols { x: b.of(k), stride: kv });
+            self.product([m, d, n], ys, d, Write::Set, 1.0, ds, Operand::Cols { x: b.of(k), stride: kv });
             b.scatter(dq, ys);
             let Operand::Rows { x: qs, .. } = qs else { unreachable!("made above") };
-            self.product([n, d, m], dk, kv, Store::Add, 1.0, transposed, Operand::Cols { x: qs, stride: d });
+            self.product([n, d, m], dk, kv, Write::Add, 1.0, transposed, Operand::Cols { x: qs, stride: d });
             let (p, dys) = (Operand::Cols { x: p, stride: n }, Operand::Cols { x: dys, stride: d });
-            self.product([n, d, m], dv, kv, Store::Add, 1.0, p, dys);
+            self.product([n, d, m], dv, kv, Write::Add, 1.0, p, dys);
         });
     }
 }

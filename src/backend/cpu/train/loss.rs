@@ -79,8 +79,8 @@ fn softmax(tier: Tier, z: &mut [f32], tau: f32) {
     if tau != 1.0 {
         z.iter_mut().for_each(|z| *z /= tau);
     }
-    let stats = logits_stats(tier, z);
-    dispatch(tier, Exp { z, max: stats.max, scale: (f64::from(stats.max) - stats.lse).exp() as f32 });
+    let (_, sum) = dispatch(tier, Weigh(z));
+    dispatch(tier, Scale(z, (1.0 / sum) as f32));
 }
 
 fn sum(n: usize, f: impl Fn(usize) -> f64) -> f64 {
@@ -92,47 +92,60 @@ fn relative(x: f64, y: f64) -> f64 {
     if x == 0.0 { 0.0 } else { x * (x / y).ln() }
 }
 
+/// What makes probabilities of a row's logits.
+struct Normal {
+    tier: Tier,
+    max: f32,
+    lse: f64,
+}
+
+impl Normal {
+    fn of(tier: Tier, z: &[f32]) -> Self {
+        let stats = logits_stats(tier, z);
+        Self { tier, max: stats.max, lse: stats.lse }
+    }
+
+    fn log_q(&self, z: f32) -> f64 {
+        f64::from(z) - self.lse
+    }
+
+    /// z = softmax(z) factor.
+    fn weigh(&self, z: &mut [f32], factor: f64) {
+        let scale = (factor * (f64::from(self.max) - self.lse).exp()) as f32;
+        dispatch(self.tier, Exp { z, max: self.max, scale });
+    }
+}
+
 /// Loss of row `row`; z becomes the gradient times `weight`.
 fn loss(tier: Tier, target: &Target<'_, Cpu>, row: usize, z: &mut [f32], weight: f32) -> f64 {
-    if let Target::Hard(ids) = target {
-        return hard(tier, ids[row] as usize, z, weight);
-    }
     let n = z.len();
-    let stats = logits_stats(tier, z);
-    let lse = stats.lse;
     let at = row * n..(row + 1) * n;
     let w = f64::from(weight);
-    // q, times a factor.
-    let scaled = |z: &mut [f32], factor: f64| {
-        let scale = (factor * (f64::from(stats.max) - lse).exp()) as f32;
-        dispatch(tier, Exp { z, max: stats.max, scale });
-    };
     match *target {
-        Target::Hard(_) => unreachable!("computed above"),
+        Target::Hard(ids) => hard(tier, ids[row] as usize, z, weight),
         Target::Soft(p) | Target::ForwardKl(p) => {
-            let p = &p[at];
+            let (p, q) = (&p[at], Normal::of(tier, z));
             let total = p.iter().map(|&p| f64::from(p)).sum::<f64>();
-            let mut value = sum(n, |j| if p[j] == 0.0 { 0.0 } else { f64::from(p[j]) * (lse - f64::from(z[j])) });
+            let mut value = sum(n, |j| if p[j] == 0.0 { 0.0 } else { -f64::from(p[j]) * q.log_q(z[j]) });
             if matches!(target, Target::ForwardKl(_)) {
                 value += sum(n, |j| relative(f64::from(p[j]), 1.0));
             }
-            scaled(z, w * total);
+            q.weigh(z, w * total);
             z.iter_mut().zip(p).for_each(|(z, p)| *z -= weight * p);
             value
         }
         Target::ReverseKl(p) => {
-            let p = &p[at];
-            let ratio = |z: f32, p: f32| f64::from(z) - lse - f64::from(p).ln();
-            let kl = sum(n, |j| (f64::from(z[j]) - lse).exp() * ratio(z[j], p[j]));
+            let (p, q) = (&p[at], Normal::of(tier, z));
+            let ratio = |z: f32, p: f32| q.log_q(z) - f64::from(p).ln();
+            let kl = sum(n, |j| q.log_q(z[j]).exp() * ratio(z[j], p[j]));
             for (z, &p) in z.iter_mut().zip(p) {
-                let q = (f64::from(*z) - lse).exp();
-                *z = (w * q * (ratio(*z, p) - kl)) as f32;
+                *z = (w * q.log_q(*z).exp() * (ratio(*z, p) - kl)) as f32;
             }
             kl
         }
         Target::TotalVariation(p) => {
             let p = &p[at];
-            scaled(z, 1.0);
+            Normal::of(tier, z).weigh(z, 1.0);
             let half = |q: f32, p: f32| if q == p { 0.0 } else { 0.5f64.copysign(f64::from(q - p)) };
             let mean = sum(n, |j| f64::from(z[j]) * half(z[j], p[j]));
             let value = sum(n, |j| 0.5 * f64::from((z[j] - p[j]).abs()));
@@ -140,9 +153,9 @@ fn loss(tier: Tier, target: &Target<'_, Cpu>, row: usize, z: &mut [f32], weight:
             value
         }
         Target::TopK { ids, p, k, tail } => {
-            let (ids, p) = (&ids[row * k..][..k], &p[row * k..][..k]);
+            let (ids, p, q) = (&ids[row * k..][..k], &p[row * k..][..k], Normal::of(tier, z));
             let kept: f64 = p.iter().map(|&p| f64::from(p)).sum();
-            let log_q = |j: usize| f64::from(z[j]) - lse;
+            let log_q = |j: usize| q.log_q(z[j]);
             let mut value = -ids.iter().zip(p).map(|(&j, &p)| f64::from(p) * log_q(j as usize)).sum::<f64>();
             let kept_q: Vec<f64> = ids.iter().map(|&j| log_q(j as usize).exp()).collect();
             let (p_tail, mut factor) = (1.0 - kept, kept);
@@ -151,22 +164,22 @@ fn loss(tier: Tier, target: &Target<'_, Cpu>, row: usize, z: &mut [f32], weight:
                 // The sum over the others, not one less the sum over these: that would cancel.
                 let mut others = z.to_vec();
                 ids.iter().for_each(|&j| others[j as usize] = f32::NEG_INFINITY);
-                tail_q = (logits_stats(tier, &others).lse - lse).exp();
+                tail_q = (logits_stats(tier, &others).lse - q.lse).exp();
                 value -= p_tail * tail_q.max(TAIL.0).ln();
                 if tail_q > TAIL.0 {
                     factor = kept + p_tail - p_tail / tail_q;
                 }
             }
-            scaled(z, w * factor);
+            q.weigh(z, w * factor);
             let in_tail = tail && p_tail >= TAIL.1 && tail_q > TAIL.0;
-            for ((&j, &p), q) in ids.iter().zip(p).zip(kept_q) {
+            for ((&j, &p), kept_q) in ids.iter().zip(p).zip(kept_q) {
                 let all = if in_tail { kept + p_tail } else { kept };
-                z[j as usize] = (w * (all * q - f64::from(p))) as f32;
+                z[j as usize] = (w * (all * kept_q - f64::from(p))) as f32;
             }
             value
         }
         Target::Entropy { tau, labels } => {
-            if stats.argmax != labels[row] {
+            if logits_stats(tier, z).argmax != labels[row] {
                 z.fill(0.0);
                 return 0.0;
             }

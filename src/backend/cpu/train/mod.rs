@@ -5,7 +5,7 @@ mod loss;
 mod optim;
 mod rows;
 
-use super::gemm::{GemmCx, Operand, Shape, Store, Term, gemm, gemm_sum};
+use super::gemm::{GemmCx, Operand, Shape, Term, gemm, gemm_sum};
 use super::matmul::PackedWeight;
 use super::rows::check_equal;
 use super::{Compute, Cpu, Tier};
@@ -14,15 +14,6 @@ use crate::backend::sampling::width;
 use crate::backend::{AttnSpec, Group, Ranks, Step, Target, Train, Visible, WeightInfo, Write};
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
-
-impl From<Write> for Store {
-    fn from(w: Write) -> Self {
-        match w {
-            Write::Set => Store::Set,
-            Write::Add => Store::Add,
-        }
-    }
-}
 
 fn rows_of(x: &[f32], stride: usize) -> Operand<'_> {
     Operand::Rows { x, stride }
@@ -48,7 +39,7 @@ impl Cpu {
         a: Operand<'_>,
         b: Operand<'_>,
     ) -> Result<()> {
-        gemm(&self.gemm_cx(), Shape { m, n, k }, c, n, write.into(), scale, a, b)
+        gemm(&self.gemm_cx(), Shape { m, n, k }, c, n, write, scale, a, b)
     }
 
     fn add_bias(&self, y: &mut [f32], bias: Option<&HostBuf<f32>>, out: usize) -> Result<()> {
@@ -205,11 +196,13 @@ impl Train for Cpu {
         let (out, input, rank, rows) = (w.rows(), w.cols(), part.n, group.rows);
         let y = &mut y[..rows * out];
         // Little beside the products, so that the scale may be put into a copy of it.
-        let columns = |h: &[f32]| h[part.first..part.first + rank].iter().map(|h| h * group.scale).collect::<Vec<_>>();
-        let h: Vec<f32> = h.chunks_exact(part.stride).take(rows).flat_map(columns).collect();
-        let adapter = Term { a: rows_of(&h, rank), b: rows_of(group.matrix, rank), k: rank };
+        let mut scaled = Vec::with_capacity(rows * rank);
+        for h in h.chunks_exact(part.stride).take(rows) {
+            scaled.extend(h[part.first..part.first + rank].iter().map(|h| h * group.scale));
+        }
+        let adapter = Term { a: rows_of(&scaled, rank), b: rows_of(group.matrix, rank), k: rank };
         let terms = [Term { a: rows_of(x, input), b: Operand::Weight(w), k: input }, adapter];
-        gemm_sum(&self.gemm_cx(), [rows, out], y, out, write.into(), &terms)?;
+        gemm_sum(&self.gemm_cx(), [rows, out], y, out, write, &terms)?;
         self.add_bias(y, bias, out)
     }
 
@@ -226,7 +219,7 @@ impl Train for Cpu {
         if let Some((dh, ranks, a)) = lora {
             terms.push(Term { a: rows_of(dh, ranks), b: cols_of(a, d), k: ranks });
         }
-        gemm_sum(&self.gemm_cx(), [rows, d], &mut dx[..rows * d], d, Store::Set, &terms)
+        gemm_sum(&self.gemm_cx(), [rows, d], &mut dx[..rows * d], d, Write::Set, &terms)
     }
 
     fn scatter_rows(&self, dx: &mut [f32], dy: &[f32], rows: &[u32], d: usize) -> Result<()> {
@@ -261,7 +254,7 @@ impl Train for Cpu {
             let out = g.matrix.len() / rank;
             let (dh, dy) = (&mut dh[at * stride + first..], rows_of(&dy[at * out..], out));
             let shape = Shape { m: n, n: rank, k: out };
-            gemm(&self.gemm_cx(), shape, dh, stride, Store::Set, g.scale, dy, cols_of(g.matrix, rank))
+            gemm(&self.gemm_cx(), shape, dh, stride, Write::Set, g.scale, dy, cols_of(g.matrix, rank))
         })
     }
 

@@ -22,14 +22,8 @@ fn fold(to: &mut [f32], runs: &[f32]) {
     }
 }
 
-/// One task for each `n` elements of several slices of one length.
-pub(super) fn zip3(
-    pool: &Pool,
-    n: usize,
-    y: &mut [f32],
-    z: &mut [f32],
-    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
-) {
+/// One task for each `n` elements of two slices of one length.
+fn run_pairs(pool: &Pool, n: usize, y: &mut [f32], z: &mut [f32], f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
     let mut parts: Vec<_> = y.chunks_mut(n).zip(z.chunks_mut(n)).collect();
     pool.run_chunks(&mut parts, 1, |i, p| p.iter_mut().for_each(|(y, z)| f(i * n, y, z)));
 }
@@ -90,7 +84,7 @@ impl Cpu {
         for n in [dgate.len(), dup.len(), gate.len(), up.len()] {
             check_equal("glu_bwd", n, dz.len())?;
         }
-        zip3(self.pool(), PART, dgate, dup, |at, dgate, dup| {
+        run_pairs(self.pool(), PART, dgate, dup, |at, dgate, dup| {
             let r = at..at + dgate.len();
             let (dz, gate, up) = (&dz[r.clone()], &gate[r.clone()], &up[r]);
             dispatch(self.tier(), GluBackward { dgate, dup, dz, gate, up, act });

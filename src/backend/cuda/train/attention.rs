@@ -242,8 +242,8 @@ mod tests {
         let tree =
             TreeMask::new(&(0..150).map(|i| if i % 7 == 0 { TreeMask::ROOT } else { i - 1 }).collect::<Vec<_>>());
         let masks = [
-            Visible::causal(&[100, 60, 200], None),
-            Visible::causal(&[300], Some(70)),
+            Visible::causal(&[100, 60, 200]),
+            Visible::causal(&[300]).windowed(&(0..300).collect::<Vec<_>>(), 70).unwrap(),
             Visible::full(&[128, 64]),
             Visible::blocks(&[200], 32),
             Visible::tree(&tree.unwrap()),
@@ -318,7 +318,7 @@ mod tests {
         let cuda = Cuda::emulated().unwrap();
         for head_dim in [136, 256] {
             let spec = AttnSpec { heads: 2, kv_heads: 1, head_dim, scale: 0.06, window: None };
-            let mask = Visible::causal(&[3, 70], None);
+            let mask = Visible::causal(&[3, 70]);
             for (want, got) in run(&Naive, &spec, &mask).into_iter().zip(run(&cuda, &spec, &mask)) {
                 let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
                 let error = want.iter().zip(got).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
