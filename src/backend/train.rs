@@ -188,8 +188,8 @@ pub trait Train: Backend {
     /// y += a x.
     fn axpy(&self, y: Out<'_, Self, Self::Acc>, a: f32, x: In<'_, Self, Self::Acc>) -> Result<()>;
 
-    /// sum x^2, in a fixed order.
-    fn sq_norm(&self, x: In<'_, Self, Self::Acc>) -> Result<f64>;
+    /// sum x^2 over all of these tensors, in a fixed order. All at once, since the host has to wait for it.
+    fn sq_norm(&self, tensors: &[In<'_, Self, Self::Acc>]) -> Result<f64>;
 
     /// y\[r, o\] (+)= sum_i w\[o, i\] x\[r, i\] (+ bias\[o\]): [`Backend::linear`] for many rows, with operands never
     /// below the backend's type of them.

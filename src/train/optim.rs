@@ -152,12 +152,9 @@ impl<B: Train> Optimizer<B> {
     pub fn step<'p>(&mut self, be: &B, params: impl Iterator<Item = &'p mut Param<B>>) -> Result<Stepped> {
         let mut params: Vec<&mut Param<B>> = params.filter(|p| p.g.is_some()).collect();
         ensure!(params.len() == self.states.len(), Shape, "{} tensors train, not {}", params.len(), self.states.len());
-        let mut square = 0.0;
-        for p in &params {
-            if let Some(g) = &p.g {
-                square += be.sq_norm(g.head(p.len()))?;
-            }
-        }
+        let grads: Vec<_> = params.iter().filter_map(|p| p.g.as_ref().map(|g| g.head(p.len()))).collect();
+        let square = be.sq_norm(&grads)?;
+        drop(grads);
         let Settings { clip, weight_decay, l1, .. } = self.settings;
         let lr = self.settings.lr * self.settings.schedule.factor(self.steps) as f32;
         let grad_norm = square.sqrt();

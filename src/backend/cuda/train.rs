@@ -89,19 +89,23 @@ impl Train for Cuda {
         self.launch(k::AXPY, args::Axpy::new(y, x, n as u32, a)?, spread(n), THREADS, 0)
     }
 
-    fn sq_norm(&self, x: Src<'_, f32>) -> Result<f64> {
-        let n = x.len();
-        if n == 0 {
+    fn sq_norm(&self, tensors: &[Src<'_, f32>]) -> Result<f64> {
+        let blocks = |n: usize| n.div_ceil(16 * THREADS).min(1024);
+        let all: usize = tensors.iter().map(|x| blocks(x.len())).sum();
+        if all == 0 {
             return Ok(0.0);
         }
-        let blocks = n.div_ceil(16 * THREADS).min(1024);
         let mut small = self.small();
-        let parts = small.room(&self.stream, Slot::Parts, blocks)?;
-        let at = parts.address();
-        let args = args::SquareSums::new(x, parts, n as u32, blocks as u32)?;
-        self.launch(k::SQUARE_SUMS, args, [blocks, 1, 1], THREADS, 0)?;
-        let mut sums = vec![0f32; blocks];
-        self.download(Src::at(at, blocks), &mut sums)?;
+        let mut at = small.room::<f32>(&self.stream, Slot::Parts, all)?.address();
+        let parts = Src::at(at, all);
+        for &x in tensors.iter().filter(|x| x.len() > 0) {
+            let n = blocks(x.len());
+            let args = args::SquareSums::new(x, Dst::at(at, n), x.len() as u32, n as u32)?;
+            self.launch(k::SQUARE_SUMS, args, [n, 1, 1], THREADS, 0)?;
+            at += (n * size_of::<f32>()) as u64;
+        }
+        let mut sums = vec![0f32; all];
+        self.download(parts, &mut sums)?;
         Ok(sums.into_iter().map(f64::from).sum())
     }
 

@@ -132,8 +132,8 @@ impl Train for Naive {
         Ok(())
     }
 
-    fn sq_norm(&self, x: &[f64]) -> Result<f64> {
-        Ok(dot(x, x))
+    fn sq_norm(&self, tensors: &[&[f64]]) -> Result<f64> {
+        Ok(tensors.iter().map(|x| dot(x, x)).sum())
     }
 
     fn linear_fwd(

@@ -93,8 +93,8 @@ impl Train for Cpu {
         self.axpy(y, a, x)
     }
 
-    fn sq_norm(&self, x: &[f32]) -> Result<f64> {
-        Ok(self.sq_norm(x))
+    fn sq_norm(&self, tensors: &[&[f32]]) -> Result<f64> {
+        Ok(tensors.iter().map(|x| self.squares(x)).sum())
     }
 
     fn linear_fwd(

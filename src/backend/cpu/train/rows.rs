@@ -113,7 +113,7 @@ impl Cpu {
     }
 
     /// Sums of runs in f64, then of those.
-    pub(super) fn sq_norm(&self, x: &[f32]) -> f64 {
+    pub(super) fn squares(&self, x: &[f32]) -> f64 {
         let mut sums = vec![0.0f64; x.len().div_ceil(PART)];
         let tier = self.tier();
         self.pool()
