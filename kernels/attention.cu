@@ -60,8 +60,8 @@ DEVICE void body(const Attention& a) {
   const bool tree = s.mask == MASK_TREE;
 
   // Cache rows that any of them sees, and those that all of them see.
-  const u32 begin = window_begin(s.past + (tree ? 0 : i0), a.window), end = sight_end(s, i1);
-  const u32 all_begin = window_begin(s.past + i1, a.window), all_end = tree ? s.past : sight_end(s, i0);
+  const u32 begin = window_begin(s.past + (tree ? 0 : s.staged + i0), a.window), end = sight_end(s, i1);
+  const u32 all_begin = window_begin(pass_begin(s) + i1, a.window), all_end = tree ? s.past : sight_end(s, i0);
   const u32 c0 = blockIdx.y * a.chunk;
   if (c0 >= end || c0 + a.chunk <= begin) return;
   const u32 from = max(c0, begin / TILE * TILE), tiles = (min(c0 + a.chunk, end) - from + TILE - 1) / TILE;
@@ -71,7 +71,7 @@ DEVICE void body(const Attention& a) {
   b.d = D ? D : a.head_dim;
   b.ld = padded(b.d);
   b.kv_dim = a.kv_heads * b.d;
-  b.total = s.past + s.rows;
+  b.total = pass_end(s);
   const int stages = a.stages, size = TILE * b.ld;
   b.q = smem, b.k = b.q + M * b.ld, b.v = b.k + stages * size, b.p = b.v + stages * size;
   b.across = reinterpret_cast<float*>(b.p + M * PLD);

@@ -39,15 +39,15 @@ DEVICE void body(const Attention& a) {
   u32 q0;
   // The last tiles of a causal segment are the longest: they begin first.
   if (!find_tile<M>(a.segs, a.segments, a.group, gridDim.x - 1 - blockIdx.x, s, q0)) return;
-  const u32 head = blockIdx.y, queries = s.rows * a.group, total = s.past + s.rows, kv_dim = a.kv_heads * D;
+  const u32 head = blockIdx.y, queries = s.rows * a.group, total = pass_end(s), kv_dim = a.kv_heads * D;
   const bool tree = s.mask == MASK_TREE;
 
   // Cache rows that any query of the block sees, and those that all queries of the warp see.
   const u32 w0 = q0 + warp * 16 * W, last = s.rows - 1;
   const u32 i0 = q0 / a.group, i1 = min(last, (q0 + M - 1) / a.group);
   const u32 wi0 = min(last, w0 / a.group), wi1 = min(last, (w0 + 16 * W - 1) / a.group);
-  const u32 begin = window_begin(s.past + (tree ? 0 : i0), a.window) / TILE * TILE, end = sight_end(s, i1);
-  const u32 all_begin = window_begin(s.past + wi1, a.window), all_end = tree ? s.past : sight_end(s, wi0);
+  const u32 begin = window_begin(s.past + (tree ? 0 : s.staged + i0), a.window) / TILE * TILE, end = sight_end(s, i1);
+  const u32 all_begin = window_begin(pass_begin(s) + wi1, a.window), all_end = tree ? s.past : sight_end(s, wi0);
   const u32 tiles = (end - begin + TILE - 1) / TILE;
 
   GPU_DYN_SMEM(bf16_t, smem);

@@ -1,6 +1,6 @@
-// The cache of keys and values: staged behind the committed rows, and the kept rows moved down to them.
+// The cache of keys and values: staged behind the committed and the staged rows, and the kept rows moved down to them.
 //
-//   kv_stage     cache[past + i] = bf16(k[first + i]), likewise v
+//   kv_stage     cache[past + staged + i] = bf16(k[first + i]), likewise v
 //   rope_stage   the same with q and k rotated on the way: (a, b) -> (a cos - b sin, b cos + a sin)
 //   kv_commit    cache[past + i] = cache[past + path[i]] in all layers
 //
@@ -36,7 +36,7 @@ KERNEL(kv_stage, KvStage, 128) {
   if (row - s.first >= s.rows || item >= 2 * vectors) return;
   const bool value = item >= vectors;
   const u32 c = (value ? item - vectors : item) * 8;
-  bf16_t* to = kv_keys(s, a.layer, a.kv_dim) + (size_t)(s.past + row - s.first + (value ? s.capacity : 0)) * a.kv_dim;
+  bf16_t* to = kv_keys(s, a.layer, a.kv_dim) + (size_t)(pass_begin(s) + row - s.first + (value ? s.capacity : 0)) * a.kv_dim;
   *reinterpret_cast<uint4*>(to + c) = kv::narrow((value ? a.v : a.k) + (size_t)row * a.kv_dim + c);
 }
 
@@ -46,7 +46,7 @@ KERNEL(rope_stage, RopeStage, 128) {
   const u32 item = blockIdx.y * blockDim.x + threadIdx.x;
   const Seg s = segment_of(a.segs, a.segments, row);
   if (row - s.first >= s.rows || item >= nq + 2 * nk) return;
-  bf16_t* keys = kv_keys(s, a.layer, kv_dim) + (size_t)(s.past + row - s.first) * kv_dim;
+  bf16_t* keys = kv_keys(s, a.layer, kv_dim) + (size_t)(pass_begin(s) + row - s.first) * kv_dim;
   if (item >= nq + nk) {
     const u32 c = (item - nq - nk) * 8;
     *reinterpret_cast<uint4*>(keys + (size_t)s.capacity * kv_dim + c) = kv::narrow(a.v + (size_t)row * kv_dim + c);

@@ -42,6 +42,10 @@ KERNEL(add, Add, THREADS) {
   for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < a.n; i += gridDim.x * THREADS) a.x[i] = a.x[i] + a.r[i];
 }
 
+KERNEL(add_activated, AddActivated, THREADS) {
+  for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < a.n; i += gridDim.x * THREADS) a.x[i] = a.x[i] + activate(a.act, a.r[i]);
+}
+
 // 1 / sqrt(mean(x^2) + eps) of the block's row.
 DEVICE float inverse_rms(const float* x, u32 d, float eps) {
   GPU_SMEM(float, part, [32]);

@@ -9,6 +9,8 @@
 // top-k and top-p are cuts in the order of (e, id): twelve of its bits a walk over the row, by a histogram of counts or of weights,
 // whose first bins are even in the logits so that a warp's additions seldom meet. The draw inverts the sums of weights in the order
 // of ids. Bound by the walks, which hit L2: two without cuts, up to four more for each.
+//
+// penalize changes single logits before that, a thread each.
 #include "rt/gpu.cuh"
 #include "rt/choose.cuh"
 #include "rt/philox.cuh"
@@ -139,4 +141,12 @@ KERNEL(distribution, Distribution, 1024, 1) {
   }
   const float unit = ok ? 1.f / (float)total : 0.f;
   walk.each(x, [&](u32 id, float v) { p[id] = ok ? (float)row.kept(id, v) * unit : 0.f; });
+}
+
+KERNEL(penalize, Penalize, 128) {
+  const u32 i = blockIdx.x * 128 + threadIdx.x;
+  if (i >= a.n) return;
+  const Penalty& penalty = a.penalties[i];
+  float& x = a.logits[penalty.at];
+  x = x > 0.f ? x / penalty.factor : x * penalty.factor;
 }

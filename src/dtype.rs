@@ -19,11 +19,20 @@ pub trait Elem: bytemuck::Pod + Default + Send + Sync + fmt::Debug + 'static {
 pub trait Real: Elem {
     /// Widened, exactly.
     fn to_f64(self) -> f64;
+    /// Rounded to the nearest.
+    fn of(x: f32) -> Self;
 }
 
 macro_rules! elems { ($($t:ty => $n:literal),*) => { $(impl Elem for $t { const NAME: &'static str = $n; })* } }
-macro_rules! reals { ($($t:ty),*) => { $(impl Real for $t { fn to_f64(self) -> f64 { self.into() } })* } }
-reals!(f32, f64, bf16, f16);
+macro_rules! reals {
+    ($($t:ty: $of:expr),*) => {
+        $(impl Real for $t {
+            fn to_f64(self) -> f64 { self.into() }
+            fn of(x: f32) -> Self { $of(x) }
+        })*
+    };
+}
+reals!(f32: f32::from, f64: f64::from, bf16: bf16::from_f32, f16: f16::from_f32);
 elems!(f32 => "f32", f64 => "f64", bf16 => "bf16", f16 => "f16", u32 => "u32", i32 => "i32", i8 => "i8", u8 => "u8");
 
 /// How weights are stored in a file.

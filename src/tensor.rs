@@ -6,6 +6,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::f16;
+
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 
@@ -117,10 +119,33 @@ impl HostTensor {
 
     /// The same values with row `i` taken from row `order(i)` of `self`: a copy of bytes, exact for block types too.
     pub fn permute_rows(&self, order: impl Fn(usize) -> usize) -> Result<Self> {
-        let mut v = Vec::with_capacity(self.data.len());
-        for i in 0..self.rows {
-            v.extend_from_slice(self.row(order(i)));
+        self.pick_rows((0..self.rows).map(order))
+    }
+
+    /// These rows, one after another.
+    pub fn pick_rows(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Self> {
+        let n = rows.len();
+        let mut v = Vec::with_capacity(n * self.row_bytes());
+        rows.for_each(|r| v.extend_from_slice(self.row(r)));
+        Self::new(self.dtype, n, self.cols, v.into())
+    }
+
+    /// The same values rounded to [`DType::Q8_0`], each block by its largest.
+    ///
+    /// # Errors
+    /// Columns that are not whole blocks.
+    pub fn to_q8_0(&self) -> Result<Self> {
+        let (mut row, mut v) =
+            (vec![0.0; self.cols], Vec::with_capacity(DType::Q8_0.row_bytes(self.cols)? * self.rows));
+        for r in 0..self.rows {
+            self.row_f32(r, &mut row);
+            for block in row.chunks_exact(DType::Q8_0.block_len()) {
+                let d = f16::from_f32(block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0);
+                let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
+                v.extend(d.to_le_bytes());
+                v.extend(block.iter().map(|x| (x * inverse).round().clamp(-127.0, 127.0) as i8 as u8));
+            }
         }
-        Self::new(self.dtype, self.rows, self.cols, v.into())
+        Self::new(DType::Q8_0, self.rows, self.cols, v.into())
     }
 }

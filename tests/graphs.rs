@@ -50,7 +50,7 @@ impl<B: Backend> Text<B> {
 
     /// Appends `tokens`; the bits of the logits behind the last.
     fn push(&mut self, tokens: &[u32]) -> Vec<u32> {
-        let seq = Sequence { cache: &mut self.cache, tokens, mask: Mask::Causal, want: Want::Last };
+        let seq = Sequence::new(&mut self.cache, tokens, Mask::Causal, Want::Last);
         self.model.forward(&mut [seq], &mut self.ws).unwrap();
         self.cache.commit_first(tokens.len()).unwrap();
         self.row(0)
@@ -151,8 +151,8 @@ fn cuda_graphs_take_sequences_and_trees() {
             let parents: Vec<u32> = (0..6).map(|i| if i == 0 { TreeMask::ROOT } else { rng.below(i) as u32 }).collect();
             let mask = TreeMask::new(&parents).unwrap();
             let seqs = &mut [
-                Sequence { cache: &mut other, tokens: &line, mask: Mask::Causal, want: Want::Last },
-                Sequence { cache: &mut text.cache, tokens: &tree, mask: Mask::Tree(&mask), want: Want::All },
+                Sequence::new(&mut other, &line, Mask::Causal, Want::Last),
+                Sequence::new(&mut text.cache, &tree, Mask::Tree(&mask), Want::All),
             ];
             let n = model.forward(seqs, &mut text.ws).unwrap();
             other.commit_first(2).unwrap();

@@ -1,19 +1,22 @@
 // Attention and the cache of keys and values.
 #pragma once
 
-// One sequence of a pass. Its staged rows follow those of the sequence before it in the pass's activations.
+// One sequence of a pass. Its rows follow those of the sequence before it in the pass's activations; in its cache they stand behind
+// the committed rows and those that earlier passes staged. Masks number all staged rows: row i of the pass is number staged + i.
 RECORD(Seg) {
   u64 kv;      // address of its cache: bf16, layer after layer, keys [capacity, kv_dim] and then values alike
-  u64 bits;    // address of its tree's ancestor words [rows, (rows + 63) / 64], or 0
+  u64 bits;    // address of its tree's ancestor words [staged + rows, words], or 0
   u32 past;    // committed rows
-  u32 rows;    // staged rows
+  u32 staged;  // rows that earlier passes staged
+  u32 rows;    // rows of this pass
   u32 first;   // its first row in the pass
   u32 mask;    // 0 causal, 1 full, 2 tree, 3 blocks: a row sees its own block of staged rows and those before it
   u32 capacity;
   u32 block;   // rows of a block for mask 3
+  u32 words;   // up(staged + rows, 64)
 };
 
-// Writes k and v behind the committed rows of each segment's cache.
+// Writes k and v behind the committed and the staged rows of each segment's cache.
 ARGS(KvStage) {
   In<Seg> segs;    // [segments]
   In<float> k;     // [rows, kv_dim] align 16
@@ -24,7 +27,7 @@ ARGS(KvStage) {
   u32 kv_dim;      // >= 8, % 8 == 0
 };
 
-// Rotates q in place, and writes rotated k, and v, behind the committed rows of each segment's cache.
+// Rotates q in place, and writes rotated k, and v, behind the committed and the staged rows of each segment's cache.
 ARGS(RopeStage) {
   In<Seg> segs;      // [segments]
   InOut<float> q;    // [rows, heads, head_dim] align 16
@@ -61,7 +64,7 @@ ARGS(KvCommitBatch) {
   u32 kv_dim;      // >= 8, % 8 == 0
 };
 
-// y[r, h] = softmax_j(scale q[r, h].k[j]) v[j] over the cache rows j that staged row r sees; head h reads kv head h / group.
+// y[r, h] = softmax_j(scale q[r, h].k[j]) v[j] over the cache rows j that row r sees; head h reads kv head h / group.
 ARGS(Attention) {
   In<Seg> segs;         // [segments]
   In<float> q;          // [rows, kv_heads, group, head_dim] align 16
@@ -76,7 +79,7 @@ ARGS(Attention) {
   u32 head_dim;         // >= 8, % 8 == 0, <= 256
   u32 window;           // - a query at position p sees positions above p - window; 0: no window
   u32 chunk;            // >= 64, % 64 == 0 - cache rows of a block
-  u32 chunks;           // >= 1 - at least up(past + rows, chunk) of every segment
+  u32 chunks;           // >= 1 - at least up(past + staged + rows, chunk) of every segment
   u32 stages;           // >= 1, <= 2 - tiles in flight
   float scale;
 };

@@ -48,6 +48,14 @@ ARGS(Add) {
   u32 n;           // >= 1
 };
 
+// x += act(r); act 0 is SiLU, 1 GELU in its tanh form.
+ARGS(AddActivated) {
+  InOut<float> x;  // [n] align 4
+  In<float> r;     // [n] align 4
+  u32 n;           // >= 1
+  u32 act;         // <= 1
+};
+
 // y = x w / sqrt(mean(x^2) + eps), row by row. Zhang & Sennrich 2019, arXiv:1910.07467.
 ARGS(RmsNorm) {
   In<float> x;     // [rows, d] align 4

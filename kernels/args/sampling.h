@@ -50,6 +50,19 @@ ARGS(Distribution) {
   u32 vocab;         // >= 1, <= 1048576
 };
 
+// A logit, counted over all rows, and what divides it if it is positive and multiplies it otherwise.
+RECORD(Penalty) {
+  u32 at;        // below the number of logits; no logit has two penalties
+  float factor;  // above 0
+};
+
+ARGS(Penalize) {
+  InOut<float> logits;    // [count] align 4
+  In<Penalty> penalties;  // [n]
+  u32 count;              // >= 1
+  u32 n;                  // >= 1
+};
+
 // The nodes of a sequence's tree among those of the pass. Node 0 of a tree is the sequence's last token; parents come first.
 RECORD(Tree) {
   u32 first;
@@ -70,14 +83,14 @@ ARGS(VerifyWalk) {
   u32 stride;        // >= 1 - most nodes to keep
 };
 
-// A sequence's random numbers: decision i (a child tested, or the last draw) takes counter + i. There are at most `nodes`.
+// A sequence's random numbers: number i is that of counter + i. There are at most `nodes`.
 RECORD(Chance) {
   u64 seed;
   u64 stream;
   u64 counter;
 };
 
-// Speculative sampling from chains and from trees whose siblings were drawn without replacement, in the order of their numbers.
+// Speculative sampling from chains and from trees whose siblings were drawn from q, in the order of their numbers.
 ARGS(VerifySiblings) {
   In<Tree> trees;       // [sequences]
   In<u32> tokens;       // [nodes] - below vocab
@@ -94,6 +107,7 @@ ARGS(VerifySiblings) {
   u32 drafted;          // >= 1
   u32 vocab;            // >= 1, <= 1048576
   u32 stride;           // >= 1
+  u32 replacement;      // <= 1 - 1: siblings were drawn with replacement
 };
 
 // Launches.
@@ -102,8 +116,10 @@ ARGS(VerifySiblings) {
 //   top_k             TopK             grid (rows), block 1024
 //   sample            Sample           grid (rows), block 1024
 //   distribution      Distribution     grid (rows), block 1024
+//   penalize          Penalize         grid (up(n, 128)), block 128
 //   verify_walk       VerifyWalk       grid (up(sequences, 4)), block 128
-//   verify_siblings   VerifySiblings   grid (sequences), block 512
+//   verify_siblings   VerifySiblings   grid (sequences), block 512 - from the root down
+//   verify_traversal  VerifySiblings   grid (sequences), block 512 - from the leaves up, at most 512 nodes a tree
 //
 // No dynamic shared memory and no scratch. The blocks of 1024 and 512 may be any power of two from 32 threads; results are the same bits,
 // but for the last ones of lse and entropy.

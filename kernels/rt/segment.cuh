@@ -43,39 +43,43 @@ DEVICE bool find_tile(const Seg* segs, u32 n, u32 group, u32 tile, Seg& s, u32& 
   return false;
 }
 
-DEVICE const u64* tree_row(const Seg& s, u32 i) {
-  return reinterpret_cast<const u64*>(s.bits) + (size_t)i * ((s.rows + 63) / 64);
+// Cache rows behind which row 0 of the pass stands, and one behind its last row.
+DEVICE u32 pass_begin(const Seg& s) { return s.past + s.staged; }
+DEVICE u32 pass_end(const Seg& s) { return s.past + s.staged + s.rows; }
+// Ancestor words of node n of the tree; row i of the pass is node staged + i.
+DEVICE const u64* tree_row(const Seg& s, u32 n) { return reinterpret_cast<const u64*>(s.bits) + (size_t)n * s.words; }
+// Ancestors of node n.
+DEVICE u32 tree_depth(const Seg& s, u32 n) {
+  const u64* w = tree_row(s, n);
+  u32 d = 0;
+  for (u32 k = 0; k <= n / 64; k++) d += __popcll(w[k]);
+  return d - 1;
 }
-// Ancestors of tree row i.
-DEVICE u32 tree_depth(const Seg& s, u32 i) {
-  const u64* w = tree_row(s, i);
-  u32 n = 0;
-  for (u32 k = 0; k <= i / 64; k++) n += __popcll(w[k]);
-  return n - 1;
+// Position of row i of the pass.
+DEVICE u32 position(const Seg& s, u32 i) {
+  return s.mask == MASK_TREE ? s.past + tree_depth(s, s.staged + i) : pass_begin(s) + i;
 }
-// Position of staged row i.
-DEVICE u32 position(const Seg& s, u32 i) { return s.past + (s.mask == MASK_TREE ? tree_depth(s, i) : i); }
 // First cache row that the window (0: none) of a query at `pos` may reach. No staged row stands before its position, so this
 // bounds cache rows and positions alike.
 DEVICE u32 window_begin(u32 pos, u32 window) { return window && pos + 1 > window ? pos + 1 - window : 0; }
-// One behind the last cache row that staged row i may see.
+// One behind the last cache row that row i of the pass may see.
 DEVICE u32 sight_end(const Seg& s, u32 i) {
-  if (s.mask == MASK_FULL) return s.past + s.rows;
-  if (s.mask == MASK_BLOCKS) return s.past + min(s.rows, (i / s.block + 1) * s.block);
-  return s.past + i + 1;
+  if (s.mask == MASK_FULL) return pass_end(s);
+  if (s.mask == MASK_BLOCKS) return s.past + min(s.staged + s.rows, ((s.staged + i) / s.block + 1) * s.block);
+  return pass_begin(s) + i + 1;
 }
 
 // The lowest n bits, for any n: none below 0, all from 64.
 DEVICE u64 low_bits(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 
-// Which of cache rows j0 .. j0 + 63 staged row i sees, a bit each.
+// Which of cache rows j0 .. j0 + 63 row i of the pass sees, a bit each.
 DEVICE u64 sight(const Seg& s, u32 i, u32 window, u32 j0) {
   const u32 pos = position(s, i), begin = window_begin(pos, window);
   u64 see = low_bits((int)sight_end(s, i) - (int)j0) & ~low_bits((int)begin - (int)j0);
   if (s.mask != MASK_TREE || j0 + 64 <= s.past) return see;
   // Bits of the 64 staged rows from j0 - past on, which may begin before the first and between two words.
-  const u64* w = tree_row(s, i);
-  const int words = (s.rows + 63) / 64, at = (int)j0 - (int)s.past, k = at >> 6, shift = at & 63;
+  const u64* w = tree_row(s, s.staged + i);
+  const int words = s.words, at = (int)j0 - (int)s.past, k = at >> 6, shift = at & 63;
   u64 staged = k >= 0 && k < words ? w[k] >> shift : 0;
   if (shift && k + 1 < words) staged |= w[k + 1] << (64 - shift);
   see &= staged | low_bits(-at);

@@ -18,7 +18,7 @@ mod sampling;
 mod train;
 mod visible;
 
-pub use sampling::{Accepted, Draw, MAX_SIBLINGS, NO_TOKEN, Rule, Trees};
+pub use sampling::{Accepted, Draw, MAX_SIBLINGS, MAX_TRAVERSED, NO_TOKEN, Order, Penalty, Rule, Trees};
 pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Write};
 pub use visible::Visible;
 
@@ -64,7 +64,8 @@ pub type In<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::View<'a>;
 /// What an op writes (or updates).
 pub type Out<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::ViewMut<'a>;
 
-/// Which staged rows a staged row may see. Committed rows are visible to all, unless a window hides them.
+/// Which staged rows a staged row may see. Committed rows are visible to all, unless a window hides them. All staged rows are
+/// numbered together, those of earlier passes first.
 #[derive(Clone, Copy, Debug)]
 pub enum Mask<'a> {
     /// Row i sees rows 0..=i.
@@ -187,16 +188,27 @@ impl AttnSpec {
     }
 }
 
-/// The rows of one sequence in a pass: `rows` staged behind `past` committed rows of its cache.
+/// The rows of one sequence in a pass: `rows` behind `past` committed and `staged` staged rows of its cache. Row i of the pass is
+/// staged row `staged + i`, cache row `past + staged + i`.
 pub struct Segment<'a, B: Backend> {
     /// Its cache.
     pub kv: &'a mut B::Kv,
     /// Committed rows.
     pub past: usize,
-    /// Staged rows; they follow one another in the pass's activations, segment after segment.
+    /// Rows that earlier passes staged and this one keeps.
+    pub staged: usize,
+    /// Rows of this pass; they follow one another in its activations, segment after segment.
     pub rows: usize,
-    /// Who sees whom among the staged rows.
+    /// Who sees whom among all `staged + rows` staged rows.
     pub mask: Mask<'a>,
+}
+
+impl<B: Backend> Segment<'_, B> {
+    /// Cache rows of this pass.
+    pub fn range(&self) -> Range<usize> {
+        let first = self.past + self.staged;
+        first..first + self.rows
+    }
 }
 
 /// A weight of one linear layer and its bias, as [`Backend::qkv`] takes three of them.
@@ -268,6 +280,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
         w: &Self::Buf<Self::Acc>,
         eps: f32,
     ) -> Result<()>;
+
+    /// y = x, in the type of operands.
+    fn operand(&self, y: Out<'_, Self, Self::Act>, x: In<'_, Self, Self::Acc>) -> Result<()>;
+
+    /// x += act(r), elementwise.
+    fn add_activated(&self, x: Out<'_, Self, Self::Acc>, r: In<'_, Self, Self::Acc>, act: Activation) -> Result<()>;
 
     /// x += r, then y = rms_norm(x).
     fn add_rms_norm(
@@ -354,7 +372,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// here and touched as rows arrive.
     fn kv_alloc(&self, layers: usize, capacity: usize, kv_dim: usize) -> Result<Self::Kv>;
 
-    /// Writes the pass's keys and values (`[rows, kv_dim]`) behind the committed rows of each segment's cache.
+    /// Writes the pass's keys and values (`[rows, kv_dim]`) to the rows [`Segment::range`] of each segment's cache.
     fn kv_stage(
         &self,
         segments: &mut [Segment<'_, Self>],
@@ -407,7 +425,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.kv_stage(segments, layer, k.head(n), v.head(n))
     }
 
-    /// y\[r, h\] = softmax_j(scale q\[r, h\].k\[j\]) v\[j\] over the rows j of its segment that r may see.
+    /// y\[r, h\] = softmax_j(scale q\[r, h\].k\[j\]) v\[j\] over the rows j of its segment's cache that r may see.
     fn attention(
         &self,
         y: Out<'_, Self, Self::Act>,
@@ -438,13 +456,16 @@ pub trait Backend: Send + Sync + Sized + 'static {
         k: usize,
     ) -> Result<()>;
 
+    /// Divides positive logits by their penalty's factor and multiplies others by it, in rows of `vocab`. No logit has two
+    /// penalties. A node of a tree has those of the text before it and of the tokens on its own path.
+    fn penalize(&self, logits: Out<'_, Self, Self::Acc>, vocab: usize, penalties: &[Penalty]) -> Result<()>;
+
     /// n tokens of each row of logits, `[rows, n]`, drawn without replacement as the row's [`Draw`] says; n is 1 to 64.
     fn sample(&self, tokens: Out<'_, Self, u32>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
 
     /// The distribution that [`Backend::sample`] draws a row's first token from, `[rows, vocab]`; all 0 where there is none.
     fn distribution(&self, p: Out<'_, Self, Self::Acc>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
 
-    /// Which drafted tokens stand, in many trees at once, such that the tokens kept follow the target's law exactly
-    /// (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2024, arXiv:2402.12374).
+    /// Which drafted tokens stand, in many trees at once, such that the tokens kept follow the target's law exactly.
     fn verify_tree(&self, accepted: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()>;
 }

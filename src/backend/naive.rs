@@ -4,8 +4,8 @@ mod sampling;
 mod train;
 
 use super::host::HostBuf;
-use super::sampling::width;
-use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Rule, Segment, Train, Trees, WeightInfo, Write};
+use super::sampling::{check_penalties, width};
+use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Penalty, Rule, Segment, Train, Trees, WeightInfo, Write};
 use crate::dtype::Elem;
 use crate::error::Result;
 use crate::model::config::Activation;
@@ -122,6 +122,16 @@ impl Backend for Naive {
         Ok(())
     }
 
+    fn operand(&self, y: &mut [f64], x: &[f64]) -> Result<()> {
+        y.copy_from_slice(x);
+        Ok(())
+    }
+
+    fn add_activated(&self, x: &mut [f64], r: &[f64], act: Activation) -> Result<()> {
+        x.iter_mut().zip(r).for_each(|(x, r)| *x += activate(act, *r));
+        Ok(())
+    }
+
     fn rms_norm(&self, y: &mut [f64], x: &[f64], w: &HostBuf<f64>, eps: f32) -> Result<()> {
         for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
             let d = rms(x, eps);
@@ -176,9 +186,9 @@ impl Backend for Naive {
     fn kv_stage(&self, segments: &mut [Segment<'_, Self>], layer: usize, k: &[f64], v: &[f64]) -> Result<()> {
         let mut at = 0;
         for s in segments {
-            let n = s.rows * s.kv.dim;
+            let (first, n) = (s.range().start * s.kv.dim, s.rows * s.kv.dim);
             for (side, x) in [k, v].into_iter().enumerate() {
-                s.kv.layers[layer][side][s.past * s.kv.dim..][..n].copy_from_slice(&x[at..at + n]);
+                s.kv.layers[layer][side][first..][..n].copy_from_slice(&x[at..at + n]);
             }
             at += n;
         }
@@ -216,13 +226,14 @@ impl Backend for Naive {
         let mut at = 0;
         for s in segments {
             for i in 0..s.rows {
-                let pos = s.mask.position(s.past, i);
+                let row = s.staged + i;
+                let pos = s.mask.position(s.past, row);
                 let in_window = |key: usize| spec.window.is_none_or(|w| key + w > pos);
                 let visible: Vec<usize> = (0..s.past)
                     .filter(|&j| in_window(j))
                     .chain(
-                        (0..s.rows)
-                            .filter(|&j| s.mask.sees(i, j) && in_window(s.mask.position(s.past, j)))
+                        (0..s.staged + s.rows)
+                            .filter(|&j| s.mask.sees(row, j) && in_window(s.mask.position(s.past, j)))
                             .map(|j| s.past + j),
                     )
                     .collect();
@@ -267,6 +278,15 @@ impl Backend for Naive {
         Ok(())
     }
 
+    fn penalize(&self, logits: &mut [f64], vocab: usize, penalties: &[Penalty]) -> Result<()> {
+        check_penalties(penalties, logits.len(), vocab)?;
+        for &Penalty { row, token, factor } in penalties {
+            let x = &mut logits[row as usize * vocab + token as usize];
+            *x = if *x > 0.0 { *x / f64::from(factor) } else { *x * f64::from(factor) };
+        }
+        Ok(())
+    }
+
     fn sample(&self, tokens: &mut [u32], logits: &[f64], draws: &[Draw]) -> Result<()> {
         if draws.is_empty() {
             return Ok(());
@@ -303,17 +323,21 @@ impl Backend for Naive {
         }
         let stride = width("verify_tree", path.len(), counts.len())?;
         let mut vocab = 0;
-        if let Rule::Reject { p, q, drafts, keys } = &rule {
+        if let Rule::Reject { p, q, drafts, keys, order, .. } = &rule {
             vocab = width("verify_tree", p.len(), trees.tokens.len())?;
-            trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
+            trees.check_reject(drafts, keys, q.len() / vocab, vocab, *order)?;
         }
         for (s, (tree, path)) in trees.iter().zip(path.chunks_exact_mut(stride)).enumerate() {
             (counts[s], next[s]) = match &rule {
                 Rule::Match(picks) => tree.walk(picks, path),
-                Rule::Reject { p, q, drafts, keys } => {
-                    let p = |node: usize| &p[(tree.first + node) * vocab..][..vocab];
-                    let q = |node: usize| &q[drafts[tree.first + node] as usize * vocab..][..vocab];
-                    sampling::reject(&tree, p, q, keys[s], path)
+                Rule::Reject { p, q, drafts, keys, replacement, order } => {
+                    let row = |of: &[f64], i: usize| of[i * vocab..][..vocab].to_vec();
+                    let open = |node: usize, r| {
+                        let at = tree.first + node;
+                        let drafted = tree.has_children(node).then(|| row(q, drafts[at] as usize));
+                        sampling::Rest { p: row(p, at), q: drafted.unwrap_or_default(), r }
+                    };
+                    tree.reject(*replacement, *order, keys[s], open, path)
                 }
             };
         }

@@ -1,6 +1,6 @@
 //! What each operation must move and compute.
 
-use super::ops::{Attn, Op};
+use super::ops::{Attn, Op, Verify};
 use crate::backend::Mask;
 use crate::perf::Cost;
 
@@ -17,10 +17,11 @@ fn visible_pairs(a: &Attn, masks: &[Mask<'_>]) -> usize {
     let in_window = |pos: usize, key: usize| a.spec.window.is_none_or(|w| key + w > pos);
     let mut pairs = 0;
     for (&(past, rows), mask) in a.segments.iter().zip(masks) {
-        for i in 0..rows {
+        for i in a.staged..a.staged + rows {
             let pos = mask.position(past, i);
             pairs += (0..past).filter(|&j| in_window(pos, j)).count();
-            pairs += (0..rows).filter(|&j| mask.sees(i, j) && in_window(pos, mask.position(past, j))).count();
+            pairs +=
+                (0..a.staged + rows).filter(|&j| mask.sees(i, j) && in_window(pos, mask.position(past, j))).count();
         }
     }
     pairs
@@ -33,6 +34,8 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
         Op::Embed { vocab, d, rows, .. } => (weights / vocab * rows + rows * d * acc, rows * d),
         Op::GatherRows { rows, d, .. } => (2 * rows * d * acc, 0),
         Op::Add { rows, d } => (3 * rows * d * acc, rows * d),
+        Op::AddActivated { rows, d, .. } => (3 * rows * d * acc, 12 * rows * d),
+        Op::Operand { rows, d } => (rows * d * (acc + act), 0),
         Op::RmsNorm { rows, d } => (rows * d * (acc + act) + d * acc, 4 * rows * d),
         Op::AddRmsNorm { rows, d } => (rows * d * (3 * acc + act) + d * acc, 5 * rows * d),
         Op::AddNormed { rows, d } => (3 * rows * d * acc + d * acc, 5 * rows * d),
@@ -63,7 +66,7 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
             (2 * rows * 2 * a.spec.kv_dim() * kv, 0)
         }
         Op::Attention(a) => {
-            let rows: usize = a.segments.iter().map(|s| s.0 + s.1).sum();
+            let rows: usize = a.segments.iter().map(|s| s.0 + a.staged + s.1).sum();
             let pairs = visible_pairs(&a, masks);
             (
                 rows * 2 * a.spec.kv_dim() * kv + a.rows() * a.spec.q_dim() * (acc + act),
@@ -75,9 +78,10 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
         Op::TopK { rows, vocab, k } => (rows * (vocab * acc + k * (acc + 4)), rows * vocab),
         Op::Sample { rows, vocab, n, .. } => (rows * (vocab * acc + 4 * n), 11 * rows * vocab),
         Op::Distribution { rows, vocab, .. } => (2 * rows * vocab * acc, 12 * rows * vocab),
+        Op::Penalize { rows, each, .. } => (rows * each * 2 * acc, rows * each),
+        Op::VerifyTree { sequences, nodes, by: Verify::Match, .. } => (12 * sequences * nodes, 0),
         // One rejection in a sequence, and one draw.
-        Op::VerifyTree { sequences, vocab, reject: true, .. } => (2 * sequences * vocab * acc, 6 * sequences * vocab),
-        Op::VerifyTree { sequences, nodes, .. } => (12 * sequences * nodes, 0),
+        Op::VerifyTree { sequences, vocab, .. } => (2 * sequences * vocab * acc, 6 * sequences * vocab),
     };
     Cost { bytes: bytes as f64, flops: flops as f64 }
 }

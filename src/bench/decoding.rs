@@ -1,7 +1,7 @@
 //! The operations on logits and on drafted trees: their inputs beside the accumulator buffers, and their calls.
 
-use super::ops::Op;
-use crate::backend::{Accepted, Backend, Buffer, Draw, Rule, Trees};
+use super::ops::{Op, Verify};
+use crate::backend::{Accepted, Backend, Buffer, Draw, Penalty, Rule, Trees};
 use crate::error::Result;
 use crate::rng::{Key, Rng};
 
@@ -12,6 +12,7 @@ const STRIDE: usize = 8;
 #[derive(Default)]
 pub(super) struct Decoding {
     draws: Vec<Draw>,
+    penalties: Vec<Penalty>,
     sizes: Vec<u32>,
     tokens: Vec<u32>,
     parents: Vec<u32>,
@@ -44,18 +45,29 @@ impl Decoding {
                 d.draw(rng, rows, top_k, top_p);
                 vec![]
             }
-            Op::VerifyTree { sequences, nodes, vocab, reject } => {
+            Op::Penalize { rows, vocab, each } => {
+                let apart = vocab / each;
+                let penalty = |i: usize| Penalty {
+                    row: (i / each) as u32,
+                    token: (i % each * apart + i / each % apart) as u32,
+                    factor: 1.1 + 0.1 * (i / each) as f32,
+                };
+                d.penalties = (0..rows * each).map(penalty).collect();
+                vec![]
+            }
+            Op::VerifyTree { sequences, nodes, vocab, by } => {
                 d.sizes = vec![nodes as u32; sequences];
                 d.keys = keys(rng, sequences);
                 for node in 0..sequences * nodes {
                     // Binary trees.
                     let (i, first) = (node % nodes, node - node % nodes);
                     let parent = i.saturating_sub(1) / 2;
-                    let sibling = (i > 0 && i % 2 == 0).then(|| d.tokens[node - 1]);
-                    let token = if reject {
-                        pick(rng, &q[(first + parent) * vocab..][..vocab], sibling)
-                    } else {
-                        (i % 3) as u32
+                    let token = match by {
+                        Verify::Match => (i % 3) as u32,
+                        Verify::Reject { replacement, .. } => {
+                            let sibling = (i > 0 && i % 2 == 0 && !replacement).then(|| d.tokens[node - 1]);
+                            pick(rng, &q[(first + parent) * vocab..][..vocab], sibling)
+                        }
                     };
                     d.tokens.push(token);
                     d.parents.push(parent as u32);
@@ -96,12 +108,16 @@ impl Decoding {
             (Op::Distribution { rows, vocab, .. }, [x, p], []) => {
                 be.distribution(p.head_mut(rows * vocab), x.head(rows * vocab), &self.draws)
             }
-            (Op::VerifyTree { reject, .. }, [p, q], [path, counts, next, picks]) => {
-                let rule = if reject {
-                    let (p, q) = (p.head(p.len()), q.head(q.len()));
-                    Rule::Reject { p, q, drafts: &self.drafts, keys: &self.keys }
-                } else {
-                    Rule::Match(picks.head(picks.len()))
+            (Op::Penalize { rows, vocab, .. }, [x], []) => {
+                be.penalize(x.head_mut(rows * vocab), vocab, &self.penalties)
+            }
+            (Op::VerifyTree { by, .. }, [p, q], [path, counts, next, picks]) => {
+                let rule = match by {
+                    Verify::Match => Rule::Match(picks.head(picks.len())),
+                    Verify::Reject { replacement, order } => {
+                        let (p, q) = (p.head(p.len()), q.head(q.len()));
+                        Rule::Reject { p, q, drafts: &self.drafts, keys: &self.keys, replacement, order }
+                    }
                 };
                 let (all, n) = (path.len(), counts.len());
                 let path = path.head_mut(all);

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::shapes::{SHAPES, Shape};
-use crate::backend::AttnSpec;
+use crate::backend::{AttnSpec, Order};
 use crate::dtype::DType::{self, *};
 use crate::model::config::Activation::{self, GeluTanh, Silu};
 
@@ -17,19 +17,21 @@ pub enum MaskKind {
     Tree,
 }
 
-/// What the operations on caches share: the committed and the staged rows of each sequence of the pass.
+/// What the operations on caches share: the committed rows of each sequence and those of the pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attn {
     /// Heads, scale and window.
     pub spec: AttnSpec,
-    /// (committed rows, staged rows) of each sequence.
+    /// (committed rows, rows of the pass) of each sequence.
     pub segments: &'static [(usize, usize)],
+    /// Rows that every sequence has staged before.
+    pub staged: usize,
     /// Of every sequence.
     pub mask: MaskKind,
 }
 
 impl Attn {
-    /// Staged rows of all sequences.
+    /// Rows of the pass.
     pub fn rows(&self) -> usize {
         self.segments.iter().map(|s| s.1).sum()
     }
@@ -43,6 +45,8 @@ pub enum Op {
     Embed { dtype: DType, vocab: usize, d: usize, rows: usize },
     GatherRows { from: usize, rows: usize, d: usize },
     Add { rows: usize, d: usize },
+    AddActivated { rows: usize, d: usize, act: Activation },
+    Operand { rows: usize, d: usize },
     RmsNorm { rows: usize, d: usize },
     AddRmsNorm { rows: usize, d: usize },
     AddNormed { rows: usize, d: usize },
@@ -62,7 +66,27 @@ pub enum Op {
     TopK { rows: usize, vocab: usize, k: usize },
     Sample { rows: usize, vocab: usize, n: usize, top_k: u32, top_p: f32 },
     Distribution { rows: usize, vocab: usize, top_k: u32, top_p: f32 },
-    VerifyTree { sequences: usize, nodes: usize, vocab: usize, reject: bool },
+    Penalize { rows: usize, vocab: usize, each: usize },
+    VerifyTree { sequences: usize, nodes: usize, vocab: usize, by: Verify },
+}
+
+/// The form of [`Rule`](crate::backend::Rule) without its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Verify {
+    Match,
+    Reject { replacement: bool, order: Order },
+}
+
+impl Verify {
+    /// All there are.
+    pub const ALL: [Self; 5] = [
+        Self::Match,
+        Self::Reject { replacement: false, order: Order::RootFirst },
+        Self::Reject { replacement: true, order: Order::RootFirst },
+        Self::Reject { replacement: false, order: Order::LeavesFirst },
+        Self::Reject { replacement: true, order: Order::LeavesFirst },
+    ];
 }
 
 impl Op {
@@ -72,6 +96,8 @@ impl Op {
             Op::Embed { .. } => "embed",
             Op::GatherRows { .. } => "gather_rows",
             Op::Add { .. } => "add",
+            Op::AddActivated { .. } => "add_activated",
+            Op::Operand { .. } => "operand",
             Op::RmsNorm { .. } => "rms_norm",
             Op::AddRmsNorm { .. } => "add_rms_norm",
             Op::AddNormed { .. } => "add_normed",
@@ -91,6 +117,7 @@ impl Op {
             Op::TopK { .. } => "top_k",
             Op::Sample { .. } => "sample",
             Op::Distribution { .. } => "distribution",
+            Op::Penalize { .. } => "penalize",
             Op::VerifyTree { .. } => "verify_tree",
         }
     }
@@ -125,8 +152,8 @@ impl Op {
 
     /// Whether its result is an operand of a product to come, kept in the backend's type of those.
     pub fn gives_operands(&self) -> bool {
-        let fused = matches!(self, Op::RmsNorm { .. } | Op::AddRmsNorm { .. } | Op::Glu { .. } | Op::LinearGlu { .. });
-        fused || self.attn().is_some()
+        let rows = matches!(self, Op::Operand { .. } | Op::RmsNorm { .. } | Op::AddRmsNorm { .. } | Op::Glu { .. });
+        rows || matches!(self, Op::LinearGlu { .. }) || self.attn().is_some()
     }
 
     /// The caches' part, where there is one.
@@ -147,7 +174,9 @@ impl Op {
             Op::LogitsStats { vocab, .. } => vocab,
             // A weight's exponent is rounded three times before it is one.
             Op::Distribution { .. } => 9,
-            _ => self.attn().map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + s.1).max().unwrap_or(0)),
+            _ => self
+                .attn()
+                .map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + a.staged + s.1).max().unwrap_or(0)),
         }
     }
 }
@@ -158,9 +187,11 @@ impl fmt::Display for Op {
         match *self {
             Op::Embed { dtype, vocab, d, rows } => write!(f, "{dtype} {rows} of {vocab}x{d}"),
             Op::GatherRows { from, rows, d } => write!(f, "{rows} of {from}x{d}"),
-            Op::Add { rows, d } | Op::RmsNorm { rows, d } | Op::AddRmsNorm { rows, d } | Op::AddNormed { rows, d } => {
-                write!(f, "{rows}x{d}")
-            }
+            Op::Add { rows, d }
+            | Op::Operand { rows, d }
+            | Op::RmsNorm { rows, d }
+            | Op::AddRmsNorm { rows, d }
+            | Op::AddNormed { rows, d } => write!(f, "{rows}x{d}"),
             Op::HeadNorm { rows, heads, head_dim } | Op::Rope { rows, heads, head_dim } => {
                 write!(f, "{rows}x{heads}x{head_dim}")
             }
@@ -170,7 +201,7 @@ impl fmt::Display for Op {
             Op::Qkv { dtype, rows, input, q, kv, bias } => {
                 write!(f, "{dtype} {rows}x{input}>{q}+2x{kv}{}", if bias { " bias" } else { "" })
             }
-            Op::Glu { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),
+            Op::Glu { rows, d, act } | Op::AddActivated { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),
             Op::LinearGlu { dtype, rows, input, output, act } => write!(f, "{dtype} {act:?} {rows}x{input}>2x{output}"),
             Op::LogitsStats { rows, vocab } => write!(f, "{rows}x{vocab}"),
             Op::TopK { rows, vocab, k } => write!(f, "{k} of {rows}x{vocab}"),
@@ -178,8 +209,10 @@ impl fmt::Display for Op {
                 write!(f, "{n} of {rows}x{vocab} top-k {top_k} top-p {top_p}")
             }
             Op::Distribution { rows, vocab, top_k, top_p } => write!(f, "{rows}x{vocab} top-k {top_k} top-p {top_p}"),
-            Op::VerifyTree { sequences, nodes, vocab, reject: true } => {
-                write!(f, "{sequences} of {nodes}x{vocab} reject")
+            Op::Penalize { rows, vocab, each } => write!(f, "{each} in each of {rows}x{vocab}"),
+            Op::VerifyTree { sequences, nodes, vocab, by: Verify::Reject { replacement, order } } => {
+                let of = if replacement { " replaced" } else { "" };
+                write!(f, "{sequences} of {nodes}x{vocab} {order:?}{of}")
             }
             Op::VerifyTree { sequences, nodes, .. } => write!(f, "{sequences} of {nodes} match"),
             Op::RopeStage(a)
@@ -192,6 +225,9 @@ impl fmt::Display for Op {
                 write!(f, "{}/{}x{}", s.heads, s.kv_heads, s.head_dim)?;
                 for (past, rows) in a.segments {
                     write!(f, " {past}+{rows}")?;
+                }
+                if a.staged > 0 {
+                    write!(f, " behind {} staged", a.staged)?;
                 }
                 if a.mask != MaskKind::Causal {
                     write!(f, " {:?}", a.mask)?;
@@ -233,6 +269,8 @@ pub fn realistic() -> Vec<Case> {
                 Op::AddRmsNorm { rows, d },
                 Op::RmsNorm { rows, d },
                 Op::Glu { rows, d: ffn, act: Silu },
+                Op::AddActivated { rows, d, act: Silu },
+                Op::Operand { rows, d },
                 Op::Rope { rows, heads, head_dim },
             ]);
             if rows <= 8 {
@@ -240,7 +278,7 @@ pub fn realistic() -> Vec<Case> {
             }
         }
         let mut attn = |segments, mask, f: fn(Attn) -> Op| {
-            ops.push(f(Attn { spec: spec(heads, kv_heads, head_dim, None), segments, mask }))
+            ops.push(f(Attn { spec: spec(heads, kv_heads, head_dim, None), segments, staged: 0, mask }))
         };
         attn(&[(128, 1)], MaskKind::Causal, Op::Attention);
         attn(&[(1024, 1)], MaskKind::Causal, Op::Attention);
@@ -262,14 +300,15 @@ pub fn realistic() -> Vec<Case> {
                 Op::Distribution { rows, vocab, top_k: 0, top_p: 0.95 },
             ]);
         }
-        ops.push(Op::VerifyTree { sequences: 4, nodes: 8, vocab, reject: true });
-        ops.push(Op::VerifyTree { sequences: 32, nodes: 64, vocab, reject: false });
+        ops.push(Op::Penalize { rows: 8, vocab, each: 64 });
+        ops.push(Op::VerifyTree { sequences: 32, nodes: 64, vocab, by: Verify::Match });
+        ops.extend(Verify::ALL[1..].iter().map(|by| Op::VerifyTree { sequences: 4, nodes: 8, vocab, by: *by }));
         ops.push(Op::Embed { dtype: m.head, vocab: m.vocab, d, rows: 512 });
         ops.push(Op::GatherRows { from: 512, rows: 8, d });
         v.extend(ops.into_iter().map(|op| Case { op, model: m.name, large: m.large }));
     }
     // What a GPU's libraries are measured by: an 8B model in bf16, and long contexts.
-    let long = |segments, mask| Op::Attention(Attn { spec: spec(32, 8, 128, None), segments, mask });
+    let long = |segments, mask| Op::Attention(Attn { spec: spec(32, 8, 128, None), segments, staged: 0, mask });
     let mut ops = vec![
         long(&[(4096, 1)], MaskKind::Causal),
         long(&[(4096, 32)], MaskKind::Tree),
@@ -323,6 +362,9 @@ pub fn odd() -> Vec<Op> {
             Op::AddNormed { rows, d },
             Op::Glu { rows, d, act: Silu },
             Op::Glu { rows, d, act: GeluTanh },
+            Op::AddActivated { rows, d, act: Silu },
+            Op::AddActivated { rows, d, act: GeluTanh },
+            Op::Operand { rows, d },
         ]);
     }
     for (rows, heads, head_dim) in [(1, 1, 2), (3, 3, 6), (2, 5, 64), (7, 2, 80), (1, 3, 128)] {
@@ -334,14 +376,17 @@ pub fn odd() -> Vec<Op> {
     for spec in specs {
         for segments in segments {
             for mask in [MaskKind::Causal, MaskKind::Full, MaskKind::Tree] {
-                v.push(Op::Attention(Attn { spec, segments, mask }));
+                v.extend([0, 70].map(|staged| Op::Attention(Attn { spec, segments, staged, mask })));
             }
-            let a = Attn { spec, segments, mask: MaskKind::Causal };
+            let a = Attn { spec, segments, staged: 0, mask: MaskKind::Causal };
             v.extend([Op::RopeStage(a), Op::KvStage(a), Op::KvCommit(a), Op::KvCommitBatch(a), Op::KvCopy(a)]);
+            let a = Attn { staged: 3, ..a };
+            v.extend([Op::RopeStage(a), Op::KvStage(a)]);
         }
     }
     for (rows, vocab) in [(1, 2), (3, 7), (2, 64), (5, 203), (2, 1030), (1, 4100)] {
         v.push(Op::LogitsStats { rows, vocab });
+        v.push(Op::Penalize { rows, vocab, each: vocab.div_ceil(2) });
         for k in [1, 5, 64] {
             v.push(Op::TopK { rows, vocab, k: k.min(vocab) });
         }
@@ -351,9 +396,7 @@ pub fn odd() -> Vec<Op> {
         }
     }
     for (sequences, nodes, vocab) in [(1, 1, 3), (5, 2, 7), (9, 15, 64), (3, 40, 1030)] {
-        for reject in [false, true] {
-            v.push(Op::VerifyTree { sequences, nodes, vocab, reject });
-        }
+        v.extend(Verify::ALL.map(|by| Op::VerifyTree { sequences, nodes, vocab, by }));
     }
     v
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::cost::{Sizes, cost};
 use super::decoding::{Decoding, normalize};
 use super::inputs::{Storage, from_elems, matrix, normals, to_elems};
-use super::ops::{Attn, MaskKind, Op};
+use super::ops::{Attn, MaskKind, Op, Verify};
 use super::timing;
 use crate::backend::{Backend, Buffer, In, Linear, Mask, Segment, TreeMask, WeightInfo};
 use crate::error::Result;
@@ -76,7 +76,8 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
     match *op {
         Op::Embed { d, rows, .. } => vec![(rows * d, false)],
         Op::GatherRows { from, rows, d } => vec![(rows * d, false), (from * d, true)],
-        Op::Add { rows, d } => vec![(rows * d, true), (rows * d, true)],
+        Op::Add { rows, d } | Op::AddActivated { rows, d, .. } => vec![(rows * d, true), (rows * d, true)],
+        Op::Operand { rows, d } => vec![(rows * d, true)],
         Op::RmsNorm { rows, d } => vec![(rows * d, true), (d, true)],
         Op::AddRmsNorm { rows, d } | Op::AddNormed { rows, d } => vec![(rows * d, true), (d, true), (rows * d, true)],
         Op::HeadNorm { rows, heads, head_dim } => vec![(rows * heads * head_dim, true), (head_dim, true)],
@@ -89,9 +90,9 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
         Op::TopK { rows, vocab, k } => vec![(rows * vocab, true), (rows * k, false)],
         Op::Sample { rows, vocab, .. } => vec![(rows * vocab, true)],
         Op::Distribution { rows, vocab, .. } => vec![(rows * vocab, true), (rows * vocab, false)],
-        Op::VerifyTree { sequences, nodes, vocab, reject } => {
-            vec![(if reject { sequences * nodes * vocab } else { 1 }, true); 2]
-        }
+        Op::Penalize { rows, vocab, .. } => vec![(rows * vocab, true)],
+        Op::VerifyTree { by: Verify::Match, .. } => vec![(1, true); 2],
+        Op::VerifyTree { sequences, nodes, vocab, .. } => vec![(sequences * nodes * vocab, true); 2],
         Op::RopeStage(a)
         | Op::KvStage(a)
         | Op::KvCommit(a)
@@ -108,7 +109,9 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
 /// Elements of each operand buffer, whether it is random, and the width of its rows.
 fn act_inputs(op: &Op) -> Vec<(usize, bool, usize)> {
     match *op {
-        Op::RmsNorm { rows, d } | Op::AddRmsNorm { rows, d } | Op::Glu { rows, d, .. } => vec![(rows * d, false, d)],
+        Op::Operand { rows, d } | Op::RmsNorm { rows, d } | Op::AddRmsNorm { rows, d } | Op::Glu { rows, d, .. } => {
+            vec![(rows * d, false, d)]
+        }
         Op::Linear { rows, input, .. } | Op::Qkv { rows, input, .. } => vec![(rows * input, true, input)],
         Op::LinearGlu { rows, input, output, .. } => {
             vec![(rows * input, true, input), (rows * output, false, output)]
@@ -173,7 +176,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             if op.attn().is_some() && i == 0 {
                 setup.q.round(&mut values, 1);
             }
-            if let Op::VerifyTree { vocab, reject: true, .. } = op {
+            if let Op::VerifyTree { vocab, by: Verify::Reject { .. }, .. } = op {
                 normalize(&mut values, vocab);
             }
             acc.push(upload_acc(be, &values)?);
@@ -210,7 +213,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             sources.push((w, bias.then(|| normals(&mut rng, output))));
         }
         let kv_row = op.attn().map_or(0, |a| 2 * a.spec.kv_dim() * setup.kv_bytes);
-        let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + s.1).sum());
+        let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + a.staged + s.1).sum());
         let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + kv_row * kv_rows;
         // An embedding is read by rows, and a cache is committed while its rows are warm: copies would change nothing.
         let rotate =
@@ -247,14 +250,14 @@ impl<'b, B: Backend> Prepared<'b, B> {
         Ok(p)
     }
 
-    /// Every layer of every cache gets the same random committed and staged rows.
+    /// Every layer of every cache gets the same random rows.
     fn fill_caches(&mut self, a: &Attn, rng: &mut Rng, storage: Storage) -> Result<()> {
         let (layers, dim) = (self.copies.max(LAYERS), a.spec.kv_dim());
         for &(past, rows) in a.segments {
             let parents: Vec<u32> =
-                (0..rows as u32).map(|i| if i == 0 { TreeMask::ROOT } else { (i - 1) / 2 }).collect();
+                (0..(a.staged + rows) as u32).map(|i| if i == 0 { TreeMask::ROOT } else { (i - 1) / 2 }).collect();
             self.tree.push(TreeMask::new(&parents)?);
-            let n = past + rows;
+            let n = past + a.staged + rows;
             let mut side = || {
                 let mut x = normals(rng, n * dim);
                 storage.round(&mut x, 1);
@@ -264,7 +267,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             let mut kv = self.be.kv_alloc(layers, n, dim)?;
             let spare = self.be.kv_alloc(layers, n, dim)?;
             for layer in 0..layers {
-                let segment = Segment { kv: &mut kv, past: 0, rows: n, mask: Mask::Causal };
+                let segment = Segment { kv: &mut kv, past: 0, staged: 0, rows: n, mask: Mask::Causal };
                 self.be.kv_stage(&mut [segment], layer, k.head(n * dim), v.head(n * dim))?;
             }
             self.kv.push(kv);
@@ -320,6 +323,8 @@ impl<'b, B: Backend> Prepared<'b, B> {
             (Op::Embed { rows, d, .. }, [y], _) => be.embed(y.head_mut(rows * d), &w[0].w, ids, 1.5),
             (Op::GatherRows { rows, d, .. }, [y, x], _) => be.gather_rows(y.head_mut(rows * d), x.head(all(x)), ids, d),
             (Op::Add { .. }, [x, r], _) => be.add(x.head_mut(r.len()), r.head(r.len())),
+            (Op::AddActivated { act, .. }, [x, r], _) => be.add_activated(x.head_mut(r.len()), r.head(r.len()), act),
+            (Op::Operand { .. }, [x], [y]) => be.operand(y.head_mut(x.len()), x.head(x.len())),
             (Op::RmsNorm { rows, d }, [x, w], [y]) => be.rms_norm(y.head_mut(rows * d), x.head(rows * d), w, EPS),
             (Op::AddRmsNorm { rows, d }, [x, w, r], [y]) => {
                 let n = rows * d;
@@ -415,7 +420,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
     /// The backend's.
     pub fn output(&mut self) -> Result<Output> {
         let (acc, act, ids): (&[usize], &[usize], &[usize]) = match self.op {
-            Op::RmsNorm { .. } | Op::Glu { .. } => (&[], &[0], &[]),
+            Op::Operand { .. } | Op::RmsNorm { .. } | Op::Glu { .. } => (&[], &[0], &[]),
             Op::LinearGlu { .. } => (&[], &[1], &[]),
             Op::AddRmsNorm { .. } => (&[0], &[0], &[]),
             Op::Qkv { .. } => (&[0, 1, 2], &[], &[]),
@@ -496,7 +501,8 @@ fn mask(kind: MaskKind, tree: &TreeMask) -> Mask<'_> {
 
 fn segments<'a, B: Backend>(a: &Attn, kv: &'a mut [B::Kv], tree: &'a [TreeMask]) -> Vec<Segment<'a, B>> {
     let parts = kv.iter_mut().zip(tree).zip(a.segments);
-    parts.map(|((kv, tree), &(past, rows))| Segment { kv, past, rows, mask: mask(a.mask, tree) }).collect()
+    let staged = a.staged;
+    parts.map(|((kv, tree), &(past, rows))| Segment { kv, past, staged, rows, mask: mask(a.mask, tree) }).collect()
 }
 
 fn download<B: Backend, T: crate::dtype::Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<T>> {

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::cuda::Cuda;
@@ -32,27 +33,33 @@ pub fn cpus() -> impl Iterator<Item = Cpu> {
     Tier::available().map(|tier| Cpu::with(2, tier, Compute::Exact))
 }
 
-/// A key for every cell of a grid, the first dimension fastest, such that the uniform number of `key.at(i)` lies well inside of
-/// cell i of `grid[i]`. Where all steps of a law fall on the grid, these keys stand for all random numbers.
-pub fn grid_keys(grid: &[usize]) -> Vec<Key> {
-    let mut keys = vec![None; grid.iter().product()];
-    let mut missing = keys.len();
-    for stream in 0.. {
-        let key = Key { seed: 1, stream, counter: 0 };
-        let (mut cell, mut size, mut inside) = (0, 1, true);
-        for (i, &n) in grid.iter().enumerate() {
-            let at = key.at(i as u64).uniform() * n as f64;
-            inside &= (0.05..0.95).contains(&at.fract());
-            cell += size * at as usize;
-            size *= n;
-        }
-        if inside && keys[cell].is_none() {
-            keys[cell] = Some(key);
-            missing -= 1;
-        }
-        if missing == 0 {
-            break;
-        }
-    }
-    keys.into_iter().flatten().collect()
+/// Numbers within [from, to), of place `number` behind a key.
+#[derive(Clone, Copy, Debug)]
+pub struct Cell {
+    pub number: u64,
+    pub from: f64,
+    pub to: f64,
+}
+
+/// A key whose numbers fall into all `cells` (of the first eight), near their lower or their higher ends: what decides alike at both
+/// ends has its steps where the cells have theirs.
+pub fn key_in(cells: &[Cell], high: bool) -> Key {
+    const STREAMS: u64 = 1 << 21;
+    static NUMBERS: OnceLock<Vec<[f64; 8]>> = OnceLock::new();
+    let key = |stream| Key { seed: 1, stream, counter: 0 };
+    let numbers = NUMBERS.get_or_init(|| {
+        let of = |stream| std::array::from_fn(|i| Key::at(key(stream), i as u64).uniform());
+        (0..STREAMS).map(of).collect()
+    });
+    let near: f64 = [0.5, 0.01, 0.04, 0.1, 0.2][cells.len().min(4)];
+    let windows: Vec<(usize, f64, f64)> = cells
+        .iter()
+        .map(|c| {
+            let size = near.min((c.to - c.from) / 2.0);
+            let from = if high { c.to - size } else { c.from + size / 50.0 };
+            (c.number as usize, from, from + size * 0.98)
+        })
+        .collect();
+    let hit = numbers.iter().position(|u| windows.iter().all(|&(i, from, to)| (from..to).contains(&u[i])));
+    key(hit.unwrap_or_else(|| panic!("none of {STREAMS} streams has numbers in {windows:?}")) as u64)
 }

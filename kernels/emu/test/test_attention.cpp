@@ -12,13 +12,16 @@ using test::Rng;
 namespace {
 float round_bf16(double x) { return gpu::to_f32(gpu::to_bf16(float(x))); }
 
-// A sequence of a pass and its cache. Rows that no step has written hold NaN.
+// A sequence of a pass and its cache: `rows` behind `staged` others, which `mask` and `parents` count first. Rows that no step has
+// written hold NaN.
 struct Seq {
   u32 past, rows, mask = MASK_CAUSAL, block = 0;
   std::vector<int> parents = {};  // of a tree: -1 a root
+  u32 staged = 0;
   Array<bf16_t>* cache = nullptr;
   Array<u64>* bits = nullptr;
   std::vector<u32> depth = {};
+  u32 all() const { return staged + rows; }
   ~Seq() {
     delete cache;
     delete bits;
@@ -39,10 +42,10 @@ struct Pass {
         for (size_t i = 0; i < (size_t)s.past * kv_dim; i++)
           (*s.cache)[(size_t)plane * capacity * kv_dim + i] = gpu::to_bf16(rng.normal());
       if (s.mask == MASK_TREE) {
-        const u32 words = (s.rows + 63) / 64;
-        s.bits = new Array<u64>(s.rows * words);
+        const u32 words = (s.all() + 63) / 64;
+        s.bits = new Array<u64>(s.all() * words);
         s.bits->fill([](size_t) { return 0; });
-        for (u32 i = 0; i < s.rows; i++) {
+        for (u32 i = 0; i < s.all(); i++) {
           const int p = s.parents[i];
           if (p >= 0)
             for (u32 w = 0; w < words; w++) (*s.bits)[i * words + w] = (*s.bits)[p * words + w];
@@ -56,7 +59,8 @@ struct Pass {
     u32 first = 0;
     for (size_t i = 0; i < seqs.size(); i++) {
       Seq& s = *seqs[i];
-      (*segs)[i] = Seg{u64(s.cache->p), s.bits ? u64(s.bits->p) : 0, s.past, s.rows, first, s.mask, capacity, s.block};
+      (*segs)[i] = Seg{u64(s.cache->p), s.bits ? u64(s.bits->p) : 0, s.past, s.staged, s.rows, first, s.mask, capacity, s.block,
+                       (s.all() + 63) / 64};
       first += s.rows;
     }
   }
@@ -64,13 +68,15 @@ struct Pass {
     return (*seqs[seq]->cache)[((size_t)(layer * 2 + side) * capacity + row) * kv_dim + c];
   }
 };
-Seq chain(u32 past, u32 rows, u32 mask = MASK_CAUSAL, u32 block = 0) { return Seq{past, rows, mask, block}; }
+Seq chain(u32 past, u32 rows, u32 mask = MASK_CAUSAL, u32 block = 0, u32 staged = 0) {
+  return Seq{past, rows, mask, block, {}, staged};
+}
 }  // namespace
 
 TEST(kv_stage) {
   for (u32 kv_dim : {8u, 24u, 576u, 1024u}) {
     Rng rng(kv_dim);
-    Pass pass({chain(5, 1), chain(0, 3), chain(7, 2)}, 2, kv_dim, 9, rng);
+    Pass pass({chain(5, 1), chain(0, 3, MASK_CAUSAL, 0, 4), chain(7, 2)}, 2, kv_dim, 9, rng);
     Array<float> k(6 * kv_dim), v(6 * kv_dim);
     k.fill([&](size_t) { return rng.normal(); });
     v.fill([&](size_t) { return rng.normal(); });
@@ -79,10 +85,11 @@ TEST(kv_stage) {
       std::vector<bf16_t> want(pass.seqs[q]->cache->p, pass.seqs[q]->cache->p + pass.seqs[q]->cache->n);
       test::launch3("kv_stage", args, dim3(6, (kv_dim / 4 + 127) / 128), 128, 0, *pass.seqs[q]->cache);
       const Seg g = (*pass.segs)[q];
+      const u32 at = g.past + g.staged;
       for (u32 i = 0; i < g.rows; i++)
         for (u32 c = 0; c < kv_dim; c++) {
-          want[((size_t)2 * 9 + g.past + i) * kv_dim + c] = gpu::to_bf16(k[(g.first + i) * kv_dim + c]);
-          want[((size_t)3 * 9 + g.past + i) * kv_dim + c] = gpu::to_bf16(v[(g.first + i) * kv_dim + c]);
+          want[((size_t)2 * 9 + at + i) * kv_dim + c] = gpu::to_bf16(k[(g.first + i) * kv_dim + c]);
+          want[((size_t)3 * 9 + at + i) * kv_dim + c] = gpu::to_bf16(v[(g.first + i) * kv_dim + c]);
         }
       CHECK(!memcmp(want.data(), pass.seqs[q]->cache->p, want.size() * 2), "cache %u of width %u", q, kv_dim);
     }
@@ -94,7 +101,7 @@ TEST(rope_stage) {
   for (Shape z : {Shape{1, 1, 8}, Shape{6, 2, 24}, Shape{9, 3, 64}, Shape{4, 1, 256}}) {
     Rng rng(z.d);
     const u32 kv_dim = z.kv_heads * z.d, q_dim = z.heads * z.d, half = z.d / 2;
-    Pass pass({chain(4, 2), chain(1, 1)}, 1, kv_dim, 7, rng);
+    Pass pass({chain(4, 2), chain(1, 1, MASK_CAUSAL, 0, 3)}, 1, kv_dim, 7, rng);
     Array<float> q(3 * q_dim), k(3 * kv_dim), v(3 * kv_dim), table(3 * z.d);
     for (auto* x : {&q, &k, &v}) x->fill([&](size_t) { return rng.normal(); });
     for (u32 r = 0; r < 3; r++)
@@ -117,7 +124,7 @@ TEST(rope_stage) {
     for (u32 s = 0; s < 2; s++)
       for (u32 i = 0; i < (*pass.segs)[s].rows; i++)
         for (u32 c = 0; c < kv_dim; c++) {
-          const u32 r = (*pass.segs)[s].first + i, row = (*pass.segs)[s].past + i;
+          const u32 r = (*pass.segs)[s].first + i, row = (*pass.segs)[s].past + (*pass.segs)[s].staged + i;
           want.push_back(rotated(k.p + r * kv_dim + c / z.d * z.d, r, c % z.d));
           rough.push_back(round_bf16(want.back()));
           got.push_back(gpu::to_f32(pass.at(s, 0, 0, row, c)));
@@ -182,14 +189,14 @@ Truth specify(Pass& pass, const Spec& z, Array<float>& q, float scale, u32 layer
         if (at == (int)j) return true;
       return false;
     };
-    for (u32 i = 0; i < s.rows; i++) {
+    for (u32 i = s.staged; i < s.all(); i++) {
       std::vector<u32> rows;
-      for (u32 j = 0; j < s.past + s.rows; j++) {
+      for (u32 j = 0; j < s.past + s.all(); j++) {
         const u32 p = j < s.past ? j : pos(j - s.past);
         if ((j < s.past || sees(i, j - s.past)) && (!z.window || p + z.window > pos(i))) rows.push_back(j);
       }
       for (u32 h = 0; h < z.kv_heads * z.group; h++) {
-        const float* x = q.p + (size_t)(first + i) * z.q_dim() + h * z.d;
+        const float* x = q.p + (size_t)(first + i - s.staged) * z.q_dim() + h * z.d;
         const u32 c0 = h / z.group * z.d;
         std::vector<double> exact(z.d), rough(z.d), score, coarse;
         double top = -INFINITY, sum = 0, rough_sum = 0;
@@ -220,7 +227,7 @@ void stage_noise(Pass& pass, Rng& rng) {
   for (size_t n = 0; n < pass.seqs.size(); n++)
     for (u32 layer = 0; layer < pass.layers; layer++)
       for (u32 side = 0; side < 2; side++)
-        for (u32 i = 0; i < pass.seqs[n]->rows; i++)
+        for (u32 i = 0; i < pass.seqs[n]->all(); i++)
           for (u32 c = 0; c < pass.kv_dim; c++) pass.at(n, layer, side, pass.seqs[n]->past + i, c) = gpu::to_bf16(rng.normal());
 }
 
@@ -228,7 +235,7 @@ void stage_noise(Pass& pass, Rng& rng) {
 void run_attend(Pass& pass, const Spec& z, Array<float>& q, Array<bf16_t>& y, float scale, u32 layer, u32 m, u32 chunk, u32 stages,
                 u32 more_chunks = 0, bool schedules = false) {
   u32 longest = 0;
-  for (auto& s : pass.seqs) longest = max(longest, s->past + s->rows);
+  for (auto& s : pass.seqs) longest = max(longest, s->past + s->all());
   const u32 segments = pass.seqs.size(), chunks = (longest + chunk - 1) / chunk + more_chunks, heads = z.kv_heads * z.group;
   Array<float> parts((size_t)chunks * pass.rows * heads * z.d), stats((size_t)chunks * pass.rows * heads * 2);
   const Attention args{{pass.segs->p}, {q.p}, {y.p}, {parts.p}, {stats.p}, segments, pass.rows, layer, z.kv_heads, z.group, z.d,
@@ -278,6 +285,8 @@ TEST(attend) {
       {{1, 4, 64}, 64, 64, 2, {Seq{100, 32, MASK_TREE, 0, bushy(32, rng)}}},
       {{1, 2, 64}, 64, 64, 1, {Seq{70, 128, MASK_TREE, 0, bushy(128, rng)}, Seq{1, 65, MASK_TREE, 0, bushy(65, rng)}}},
       {{1, 2, 64, 3}, 64, 64, 2, {Seq{70, 40, MASK_TREE, 0, bushy(40, rng)}}},
+      {{1, 2, 64}, 64, 64, 2, {Seq{30, 9, MASK_TREE, 0, bushy(79, rng), 70}, chain(5, 4, MASK_FULL, 0, 66), chain(3, 2, MASK_CAUSAL, 0, 63)}},
+      {{2, 1, 32, 4}, 16, 64, 1, {Seq{7, 5, MASK_TREE, 0, bushy(70, rng), 65}, chain(0, 12, MASK_BLOCKS, 8, 20)}},
       {{1, 3, 96}, 64, 128, 2, {chain(130, 7), chain(0, 30, MASK_BLOCKS, 7)}},
       {{2, 7, 128}, 16, 128, 2, {chain(200, 1), chain(5, 3)}},
       {{1, 2, 128, 70}, 64, 64, 1, {chain(150, 40), chain(10, 20, MASK_FULL)}},
@@ -287,7 +296,7 @@ TEST(attend) {
   for (const Trial& t : trials) {
     const Spec& z = t.z;
     u32 capacity = 0, rows = 0;
-    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.rows), rows += s.rows;
+    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.all()), rows += s.rows;
     Pass pass(t.seqs, 2, z.kv_dim(), capacity + 3, rng);
     stage_noise(pass, rng);
     Array<float> q(rows * z.q_dim());
@@ -342,11 +351,12 @@ TEST(prefill) {
       {{1, 2, 96}, {chain(33, 40, MASK_BLOCKS, 16), chain(5, 2)}},
       {{1, 4, 128}, {chain(20, 70)}},
       {{1, 1, 256, 30}, {chain(10, 70)}},
+      {{1, 2, 64, 5}, {Seq{10, 65, MASK_TREE, 0, bushy(95, rng), 30}, chain(3, 9, MASK_CAUSAL, 0, 70), chain(1, 5, MASK_FULL, 0, 60)}},
   };
   for (const Trial& t : trials) {
     const Spec& z = t.z;
     u32 capacity = 0, rows = 0;
-    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.rows), rows += s.rows;
+    for (const Seq& s : t.seqs) capacity = max(capacity, s.past + s.all()), rows += s.rows;
     Pass pass(t.seqs, 1, z.kv_dim(), capacity + 1, rng);
     stage_noise(pass, rng);
     Array<float> q(rows * z.q_dim());

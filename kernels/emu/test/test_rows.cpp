@@ -94,6 +94,15 @@ TEST(add_and_glu) {
         c.add(y[i], (act ? gelu : silu) * up[i]);
       }
       test::close(act ? "gelu" : "silu", c.got, c.want, c.rough);
+      Array<float> sum(n);
+      sum.fill([&](size_t i) { return up[i]; });
+      test::launch3("add_activated", AddActivated{{sum.p}, {gate.p}, n, act}, 2, 256, 0, sum);
+      Compare added;
+      for (u32 i = 0; i < n; i++) {
+        const double g = gate[i], silu = g / (1 + exp(-g)), gelu = 0.5 * g * (1 + tanh(sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+        added.add(sum[i], up[i] + (act ? gelu : silu));
+      }
+      test::close("add_activated", added.got, added.want, added.rough);
     }
   }
 }

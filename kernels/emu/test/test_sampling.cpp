@@ -5,6 +5,7 @@
 #include "../../verify.cu"
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <map>
 
 using test::Array;
@@ -308,7 +309,7 @@ struct Exact {
       }
     }
     const VerifySiblings args{{trees.p}, {tokens.p}, {parents.p}, {drafts.p}, {pp.p}, {qq.p}, {chances.p}, {path.p}, {counts.p}, {next.p},
-                              n, 3 * n, V + 1, V, 3};
+                              n, 3 * n, V + 1, V, 3, 0};
     test::launch("siblings_probe", args, n, 32);
     Law law(V * V, 0);
     for (u32 s = 0; s < n; s++) {
@@ -345,66 +346,123 @@ TEST(verify_siblings_is_exact) {
 }
 
 // Larger vocabularies, more siblings than lanes see at once, real random numbers: against the same rule in f64.
-TEST(verify_siblings_follows_the_rule) {
-  const u32 sequences = 24, V = 203, nodes_each = 40, n = sequences * nodes_each, stride = 12;
-  Rng rng(12);
-  Array<Tree> trees(sequences);
-  Array<u32> tokens(n), parents(n), drafts(n), path(sequences * stride), counts(sequences), next(sequences);
-  Array<float> p(n * V), q(n * V);
-  Array<Chance> chances(sequences);
-  for (u32 r = 0; r < n; r++) {
+namespace {
+// What is left of a node's p and q, and its r.
+struct Left {
+  std::vector<double> p, q;
+  double r;
+  double ratio(u32 x) const { return r * p[x] < q[x] ? r * p[x] / q[x] : p[x] > 0; }
+  void reject(u32 x, bool replacement) {
     double sp = 0, sq = 0;
-    std::vector<double> a(V), b(V);
-    for (u32 v = 0; v < V; v++) {
-      const double x = rng.normal();
-      a[v] = exp(2 * x), b[v] = exp(2 * x + rng.normal());
-      sp += a[v], sq += b[v];
-    }
-    for (u32 v = 0; v < V; v++) p[r * V + v] = float(a[v] / sp), q[r * V + v] = float(b[v] / sq);
-    drafts[r] = r;
+    for (u32 v = 0; v < p.size(); v++) sp += p[v] = fmax(0., r * p[v] - q[v]);
+    for (double& v : p) v /= sp;
+    r = sp / (sp + 1 - r);
+    if (replacement) return;
+    q[x] = 0;
+    for (double v : q) sq += v;
+    for (double& v : q) v /= sq;
   }
-  auto draw = [&](const float* w, std::vector<u32> without) {
-    double sum = 0, at = 0;
-    auto weight = [&](u32 v) { return std::count(without.begin(), without.end(), v) ? 0. : double(w[v]); };
-    for (u32 v = 0; v < V; v++) sum += weight(v);
-    const double u = rng.uniform() * sum;
-    for (u32 v = 0; v < V; v++)
-      if ((at += weight(v)) > u) return v;
-    return 0u;
-  };
-  for (u32 s = 0; s < sequences; s++) {
-    trees[s] = Tree{s * nodes_each, nodes_each};
-    chances[s] = Chance{5, s, 1000};
-    std::map<u32, std::vector<u32>> drawn;
-    for (u32 i = 0; i < nodes_each; i++) {
-      const u32 at = s * nodes_each + i, parent = i ? rng.bits() % min(i, 4u) : ~0u;
-      parents[at] = parent, tokens[at] = 0;
-      if (i) drawn[parent].push_back(tokens[at] = draw(q.p + (s * nodes_each + parent) * V, drawn[parent]));
-    }
-  }
-  const VerifySiblings args{{trees.p}, {tokens.p}, {parents.p}, {drafts.p}, {p.p}, {q.p}, {chances.p}, {path.p}, {counts.p}, {next.p},
-                            sequences, n, n, V, stride};
-  test::launch3("verify_siblings", args, sequences, 64, 0, path);
-  for (u32 s = 0; s < sequences; s++) {
-    const u32 f = trees[s].first;
-    u32 at = 0, kept = 1, decisions = 0;
-    for (bool more = true; more;) {
-      more = false;
-      std::vector<double> pp(p.p + (f + at) * V, p.p + (f + at + 1) * V), qq(q.p + (f + at) * V, q.p + (f + at + 1) * V);
-      for (u32 c = at + 1; c < nodes_each && !more; c++) {
-        if (parents[f + c] != at) continue;
-        const u32 x = tokens[f + c];
-        const double u = double(random_bits(5, s, 1000 + decisions++) >> 11) / 9007199254740992.0;
-        if (u * qq[x] < pp[x]) {
-          CHECK(kept < counts[s] && path[s * stride + kept] == c, "sequence %u, place %u: not node %u", s, kept, c);
-          at = c, kept++, more = true;
-          break;
-        }
-        double sp = 0, sq = 0;
-        for (u32 v = 0; v < V; v++) sp += pp[v] = fmax(0., pp[v] - qq[v]), qq[v] = v == x ? 0 : qq[v], sq += qq[v];
-        for (u32 v = 0; v < V; v++) pp[v] /= sp, qq[v] /= sq;
+};
+}  // namespace
+
+TEST(verify_follows_the_rule) {
+  const u32 sequences = 24, V = 203, nodes_each = 40, n = sequences * nodes_each, stride = 12;
+  for (u32 which = 0; which < 4; which++) {
+    const bool replacement = which & 1, traversal = which & 2;
+    Rng rng(12 + which);
+    Array<Tree> trees(sequences);
+    Array<u32> tokens(n), parents(n), drafts(n), path(sequences * stride), counts(sequences), next(sequences);
+    Array<float> p(n * V), q(n * V);
+    Array<Chance> chances(sequences);
+    for (u32 r = 0; r < n; r++) {
+      double sp = 0, sq = 0;
+      std::vector<double> a(V), b(V);
+      for (u32 v = 0; v < V; v++) {
+        const double x = rng.normal();
+        a[v] = exp(2 * x), b[v] = exp(2 * x + rng.normal());
+        sp += a[v], sq += b[v];
       }
-      if (!more) CHECK(counts[s] == kept && next[s] < V && pp[next[s]] > 1e-12, "sequence %u: %u kept, then %u", s, counts[s], next[s]);
+      for (u32 v = 0; v < V; v++) p[r * V + v] = float(a[v] / sp), q[r * V + v] = float(b[v] / sq);
+      drafts[r] = r;
     }
+    auto draw = [&](const float* w, std::vector<u32> without) {
+      double sum = 0, at = 0;
+      auto weight = [&](u32 v) { return std::count(without.begin(), without.end(), v) ? 0. : double(w[v]); };
+      for (u32 v = 0; v < V; v++) sum += weight(v);
+      const double u = rng.uniform() * sum;
+      for (u32 v = 0; v < V; v++)
+        if ((at += weight(v)) > u) return v;
+      return 0u;
+    };
+    for (u32 s = 0; s < sequences; s++) {
+      trees[s] = Tree{s * nodes_each, nodes_each};
+      chances[s] = Chance{5, s, 1000};
+      std::map<u32, std::vector<u32>> drawn;
+      for (u32 i = 0; i < nodes_each; i++) {
+        const u32 at = s * nodes_each + i, parent = i ? rng.bits() % min(i, 4u) : ~0u;
+        parents[at] = parent, tokens[at] = 0;
+        if (!i) continue;
+        tokens[at] = draw(q.p + (s * nodes_each + parent) * V, replacement ? std::vector<u32>{} : drawn[parent]);
+        drawn[parent].push_back(tokens[at]);
+      }
+    }
+    const VerifySiblings args{{trees.p}, {tokens.p}, {parents.p}, {drafts.p}, {p.p}, {q.p}, {chances.p}, {path.p}, {counts.p}, {next.p},
+                              sequences, n, n, V, stride, replacement};
+    for (u32 i = 0; i < sequences * stride; i++) path[i] = 0;
+    test::launch3(traversal ? "verify_traversal" : "verify_siblings", args, sequences, 64, 0, path);
+    u32 long_paths = 0;
+    for (u32 s = 0; s < sequences; s++) {
+      const u32 f = trees[s].first;
+      auto left = [&](u32 at, double r) {
+        const float *pp = p.p + (f + at) * V, *qq = q.p + (f + at) * V;
+        return Left{std::vector<double>(pp, pp + V), std::vector<double>(qq, qq + V), r};
+      };
+      auto u = [&](u32 number) { return double(random_bits(5, s, 1000 + number) >> 11) / 9007199254740992.0; };
+      std::vector<u32> want{0};
+      Left end = left(0, 1);
+      if (traversal) {
+        std::function<bool(u32, double)> tried = [&](u32 at, double r) {
+          Left l = left(at, r);
+          for (u32 c = at + 1; c < nodes_each; c++) {
+            if (parents[f + c] != at) continue;
+            want.push_back(c);
+            if (tried(c, l.ratio(tokens[f + c]))) return true;
+            want.pop_back();
+            l.reject(tokens[f + c], replacement);
+          }
+          if (u(at) < l.r) return end = l, true;
+          return false;
+        };
+        CHECK(tried(0, 1), "node 0 of sequence %u is given up", s);
+      } else {
+        u32 decisions = 0;
+        for (u32 c = 1; c < nodes_each; c++) {
+          if (parents[f + c] != want.back()) continue;
+          if (u(decisions++) < end.ratio(tokens[f + c])) want.push_back(c), end = left(c, 1);
+          else end.reject(tokens[f + c], replacement);
+        }
+      }
+      long_paths += want.size() > 2;
+      CHECK(counts[s] == want.size(), "rule %u, sequence %u: %u kept, not %zu", which, s, counts[s], want.size());
+      for (u32 i = 0; i < min(counts[s], (u32)want.size()); i++)
+        CHECK(path[s * stride + i] == want[i], "rule %u, sequence %u, place %u: node %u, not %u", which, s, i, path[s * stride + i], want[i]);
+      CHECK(next[s] < V && end.p[next[s] % V] > 1e-12, "rule %u, sequence %u: then %u", which, s, next[s]);
+    }
+    CHECK(long_paths > 3, "only %u long paths", long_paths);
+  }
+}
+
+TEST(penalize) {
+  const u32 rows = 3, vocab = 67, each = 41, n = rows * each;
+  Rng rng(6);
+  Array<float> x(rows * vocab);
+  x.fill([&](size_t i) { return logit(i % 5 ? 0 : 4, rng); });
+  const std::vector<float> was(x.p, x.p + rows * vocab);
+  Array<Penalty> penalties(n);
+  penalties.fill([&](size_t i) { return Penalty{u32(i / each * vocab + i % each), 1.1f + 0.3f * (i / each)}; });
+  test::launch("penalize", Penalize{{x.p}, {penalties.p}, rows * vocab, n}, (n + 127) / 128, 128);
+  for (u32 i = 0; i < rows * vocab; i++) {
+    const float by = 1.1f + 0.3f * (i / vocab), want = was[i] > 0 ? was[i] / by : was[i] * by;
+    CHECK(x[i] == (i % vocab < each ? want : was[i]), "logit %u: %g of %g", i, x[i], was[i]);
   }
 }

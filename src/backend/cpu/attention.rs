@@ -35,28 +35,37 @@ const TASKS: usize = 4;
 /// Multiply-adds below which a pass is not worth waking another thread: about five microseconds.
 const SMALL: usize = 1 << 17;
 
-/// One sequence's part in a pass: `rows` staged behind `past` committed rows of its cache.
+/// One sequence's part in a pass: `rows` behind `past` committed and `staged` staged rows of its cache.
 #[derive(Clone, Copy)]
 pub struct SegView<'a> {
     /// Its cache, with the rows of the pass staged.
     pub kv: &'a CpuKv,
     /// Committed rows.
     pub past: usize,
-    /// Staged rows.
+    /// Rows that earlier passes staged.
+    pub staged: usize,
+    /// Rows of this pass.
     pub rows: usize,
-    /// Who sees whom among the staged rows.
+    /// Who sees whom among all staged rows.
     pub mask: Mask<'a>,
+}
+
+impl SegView<'_> {
+    /// One behind its last cache row.
+    fn end(&self) -> usize {
+        self.past + self.staged + self.rows
+    }
 }
 
 /// Work for one thread: a group of rows of one segment, one key head, and some of the group's chunks.
 struct Task {
     segment: usize,
     head: usize,
-    /// The group's first row in its segment, and its rows.
+    /// The group's first row among all staged rows of its segment, and its rows.
     row: usize,
     rows: usize,
-    /// The segment's first row in the pass.
-    base: usize,
+    /// The group's first row in the pass.
+    at: usize,
     chunks: std::ops::Range<usize>,
     /// Where the chunks' results go in the workspace, if others work on the same group.
     partial: Option<usize>,
@@ -87,7 +96,7 @@ pub fn attention(
     let mut workspace = vec![0.0f32; workspace];
     let (y, parts) = (Shards::new(y), Shards::new(&mut workspace));
     let ctx = Context { tier, y: &y, q, segs, layer, spec };
-    let work: usize = segs.iter().map(|s| s.rows * (s.past + s.rows)).sum::<usize>() * 2 * spec.q_dim();
+    let work: usize = segs.iter().map(|s| s.rows * s.end()).sum::<usize>() * 2 * spec.q_dim();
     let run = |n: usize, f: &(dyn Fn(usize) + Sync)| {
         if work < SMALL { (0..n).for_each(f) } else { pool.run(n, f) }
     };
@@ -161,7 +170,7 @@ impl<E: Element> Kernel for Run<'_, E> {
         let panel = Panel::new(self.data, spec.kv_dim(), t.head, spec.head_dim);
         let group = Group { seg, spec, head: t.head, row: t.row, rows: t.rows };
         let mut scratch = SCRATCH.take();
-        let q = &q[(t.base + t.row) * spec.q_dim()..(t.base + t.row + t.rows) * spec.q_dim()];
+        let q = &q[t.at * spec.q_dim()..(t.at + t.rows) * spec.q_dim()];
         let state = match self.step {
             Step::Chunks(Some(part)) => {
                 group.chunks(s, panel, q, t.chunks.clone(), &mut scratch, Some(part));
@@ -179,7 +188,7 @@ impl<E: Element> Kernel for Run<'_, E> {
         if let Some(state) = state {
             for (i, from) in state.outputs(spec).enumerate() {
                 let (row, head) = group.query(i);
-                let at = (t.base + row) * spec.q_dim() + head * spec.head_dim;
+                let at = (t.at + row) * spec.q_dim() + head * spec.head_dim;
                 // SAFETY: each query's output is written by one task: that which ends its group.
                 let y = unsafe { self.ctx.y.slice(at, spec.head_dim) };
                 state.finish(s, i, from, y);
@@ -215,15 +224,15 @@ fn check(y: &[f32], q: &[f32], segs: &[SegView<'_>], layer: usize, spec: &AttnSp
             spec.kv_dim(),
             s.kv.kv_dim()
         );
+        let staged = s.staged + s.rows;
         ensure!(
-            s.past <= cap && s.rows <= cap - s.past,
+            s.past <= cap && staged <= cap - s.past,
             Capacity,
-            "{} rows behind row {} of a cache of {cap} rows",
-            s.rows,
+            "{staged} rows behind row {} of a cache of {cap} rows",
             s.past
         );
         if let Mask::Tree(t) = s.mask {
-            ensure!(t.len() == s.rows, Shape, "a tree of {} rows masks {} staged rows", t.len(), s.rows);
+            ensure!(t.len() == staged, Shape, "a tree of {} rows masks {staged} staged rows", t.len());
         }
     }
     Ok(())
@@ -236,21 +245,22 @@ fn plan(threads: usize, segs: &[SegView<'_>], spec: &AttnSpec) -> (Vec<Task>, us
     let wanted = if threads == 1 || groups >= TASKS * threads { 1 } else { (TASKS * threads).div_ceil(groups.max(1)) };
     let (mut tasks, mut workspace) = (Vec::with_capacity(groups), 0);
     // Parts are for all groups or for none: the fold relies on it.
-    let longest = segs.iter().map(|s| (s.past + s.rows).div_ceil(CHUNK)).max().unwrap_or(0);
+    let longest = segs.iter().map(|s| s.end().div_ceil(CHUNK)).max().unwrap_or(0);
     let split = wanted > 1 && longest > 1;
-    let mut base = 0;
+    let mut first = 0;
     for (segment, s) in segs.iter().enumerate() {
         // The last rows see most: they come first, so that the threads end together.
-        for row in (0..s.rows).step_by(rows).rev() {
+        for i in (0..s.rows).step_by(rows).rev() {
             for head in 0..spec.kv_heads {
-                let group = Group { seg: s, spec, head, row, rows: rows.min(s.rows - row) };
+                let (at, row) = (first + i, s.staged + i);
+                let group = Group { seg: s, spec, head, row, rows: rows.min(s.rows - i) };
                 let all = group.chunk_range();
                 let each = if split { all.len().div_ceil(wanted).max(1) } else { all.len() };
                 for start in all.clone().step_by(each) {
                     let chunks = start..all.end.min(start + each);
                     let partial = split.then_some(workspace);
                     let task =
-                        Task { segment, head, row, rows: group.rows, base, first: start == all.start, chunks, partial };
+                        Task { segment, head, row, rows: group.rows, at, first: start == all.start, chunks, partial };
                     if split {
                         workspace += State::len(task.queries(spec), spec) * task.chunks.len();
                     }
@@ -258,7 +268,7 @@ fn plan(threads: usize, segs: &[SegView<'_>], spec: &AttnSpec) -> (Vec<Task>, us
                 }
             }
         }
-        base += s.rows;
+        first += s.rows;
     }
     (tasks, workspace)
 }

@@ -11,8 +11,8 @@ use super::pool::Pool;
 use super::{Compute, Tier};
 use super::{logits, rows, sampling};
 use crate::backend::host::HostBuf;
-use crate::backend::sampling::width;
-use crate::backend::{Accepted, AttnSpec, Backend, Draw, Linear, Rule, Segment, Trees};
+use crate::backend::sampling::{check_penalties, width};
+use crate::backend::{Accepted, AttnSpec, Backend, Draw, Linear, Penalty, Rule, Segment, Trees};
 use crate::dtype::Elem;
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
@@ -119,6 +119,16 @@ impl Backend for Cpu {
         rows::add(&self.pool, self.tier, x, r)
     }
 
+    fn operand(&self, y: &mut [f32], x: &[f32]) -> Result<()> {
+        ensure!(y.len() == x.len(), Shape, "operand: {} values for {}", x.len(), y.len());
+        y.copy_from_slice(x);
+        Ok(())
+    }
+
+    fn add_activated(&self, x: &mut [f32], r: &[f32], act: Activation) -> Result<()> {
+        rows::add_activated(&self.pool, self.tier, x, r, act)
+    }
+
     fn rms_norm(&self, y: &mut [f32], x: &[f32], w: &HostBuf<f32>, eps: f32) -> Result<()> {
         rows::rms_norm(&self.pool, self.tier, y, x, w, eps)
     }
@@ -187,7 +197,7 @@ impl Backend for Cpu {
         let mut at = 0;
         for s in segments {
             let r = at..at + s.rows * s.kv.kv_dim();
-            s.kv.stage(&self.pool, self.tier, layer, s.past, &k[r.clone()], &v[r.clone()])?;
+            s.kv.stage(&self.pool, self.tier, layer, s.range().start, &k[r.clone()], &v[r.clone()])?;
             at = r.end;
         }
         Ok(())
@@ -213,7 +223,7 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let rows: usize = segments.iter().map(|s| s.rows).sum();
         let (nq, nk) = (rows * spec.q_dim(), rows * spec.kv_dim());
-        let sinks = segments.iter_mut().map(|s| (&mut *s.kv, s.past, s.rows));
+        let sinks = segments.iter_mut().map(|s| (s.range().start, &mut *s.kv, s.rows));
         rows::rope_stage(
             &self.pool,
             self.tier,
@@ -235,8 +245,10 @@ impl Backend for Cpu {
         layer: usize,
         spec: &AttnSpec,
     ) -> Result<()> {
-        let views: Vec<SegView<'_>> =
-            segments.iter().map(|s| SegView { kv: &*s.kv, past: s.past, rows: s.rows, mask: s.mask }).collect();
+        let views: Vec<SegView<'_>> = segments
+            .iter()
+            .map(|s| SegView { kv: &*s.kv, past: s.past, staged: s.staged, rows: s.rows, mask: s.mask })
+            .collect();
         attention(&self.pool, self.tier, y, q, &views, layer, spec)
     }
 
@@ -254,6 +266,15 @@ impl Backend for Cpu {
             let top = logits::top_k(self.tier, x, k);
             top.into_iter().zip(values.iter_mut().zip(ids.iter_mut())).for_each(|((i, x), to)| (*to.1, *to.0) = (i, x));
         });
+        Ok(())
+    }
+
+    fn penalize(&self, logits: &mut [f32], vocab: usize, penalties: &[Penalty]) -> Result<()> {
+        check_penalties(penalties, logits.len(), vocab)?;
+        for p in penalties {
+            let x = &mut logits[p.row as usize * vocab + p.token as usize];
+            *x = p.on(*x);
+        }
         Ok(())
     }
 
@@ -285,19 +306,22 @@ impl Backend for Cpu {
         }
         let stride = width("verify_tree", path.len(), counts.len())?;
         let mut vocab = 0;
-        if let Rule::Reject { p, q, drafts, keys } = &rule {
+        if let Rule::Reject { p, q, drafts, keys, order, .. } = &rule {
             vocab = width("verify_tree", p.len(), trees.tokens.len())?;
-            trees.check_reject(drafts, keys, q.len() / vocab, vocab)?;
+            trees.check_reject(drafts, keys, q.len() / vocab, vocab, *order)?;
         }
         let found = counts.iter_mut().zip(next.iter_mut());
         let mut rows: Vec<_> = trees.iter().zip(path.chunks_exact_mut(stride)).zip(found).enumerate().collect();
         self.each(&mut rows, |(s, ((tree, path), (count, next)))| {
             (**count, **next) = match &rule {
                 Rule::Match(picks) => tree.walk(picks, path),
-                Rule::Reject { p, q, drafts, keys } => {
-                    let p = |node: usize| &p[(tree.first + node) * vocab..][..vocab];
-                    let q = |node: usize| &q[drafts[tree.first + node] as usize * vocab..][..vocab];
-                    sampling::reject(tree, p, q, keys[*s], path)
+                Rule::Reject { p, q, drafts, keys, replacement, order } => {
+                    let open = |node: usize, r| {
+                        let at = tree.first + node;
+                        let q = if tree.has_children(node) { &q[drafts[at] as usize * vocab..][..vocab] } else { &[] };
+                        sampling::Rest { p: &p[at * vocab..][..vocab], q, r, copies: None }
+                    };
+                    tree.reject(*replacement, *order, keys[*s], open, path)
                 }
             }
         });

@@ -120,6 +120,20 @@ pub fn add(pool: &Pool, tier: Tier, x: &mut [f32], r: &[f32]) -> Result<()> {
     Ok(())
 }
 
+/// x += act(r), elementwise.
+///
+/// # Errors
+/// Different lengths.
+pub fn add_activated(pool: &Pool, tier: Tier, x: &mut [f32], r: &[f32], act: Activation) -> Result<()> {
+    check_equal("add_activated", x.len(), r.len())?;
+    let n = rows_per_task(pool, x.len(), 1);
+    pool.run_chunks(x, n, |i, x| {
+        let r = &r[i * n..i * n + x.len()];
+        dispatch(tier, AddActivated { x, r, act });
+    });
+    Ok(())
+}
+
 /// y = act(gate) * up, elementwise.
 ///
 /// # Errors
@@ -180,8 +194,8 @@ fn check_rope(n: usize, table: &[f32], head_dim: usize) -> Result<usize> {
     Ok(n / rows.max(1))
 }
 
-/// Where a segment's keys and values go: its cache, its committed rows and the number of rows staged behind them.
-pub type Sink<'a> = (&'a mut CpuKv, usize, usize);
+/// Where a segment's keys and values go: the first row, its cache, and how many rows.
+pub type Sink<'a> = (usize, &'a mut CpuKv, usize);
 
 /// [`rope`] of q and of k, then [`CpuKv::stage`] of k and v into the caches, segment after segment.
 ///
@@ -214,7 +228,7 @@ pub fn rope_stage<'a>(
         pool.run_chunks(&mut parts, 1, |_, p| p.iter_mut().for_each(|((q, k), t)| each(q, k, t)));
     }
     let mut at = 0;
-    for (kv, past, rows) in sinks {
+    for (first, kv, rows) in sinks {
         let r = at..at + rows * k_width;
         ensure!(
             r.end <= k.len(),
@@ -223,7 +237,7 @@ pub fn rope_stage<'a>(
             k.len() / k_width.max(1)
         );
         ensure!(kv.kv_dim() == k_width, Shape, "keys of {k_width} columns for a cache of {}", kv.kv_dim());
-        kv.stage(pool, tier, layer, past, &k[r.clone()], &v[r.clone()])?;
+        kv.stage(pool, tier, layer, first, &k[r.clone()], &v[r.clone()])?;
         at = r.end;
     }
     Ok(())
@@ -338,6 +352,24 @@ impl Kernel for Add<'_> {
     fn run<S: Simd>(self, s: S) {
         let (x, r) = (self.x, self.r);
         each_vector!(s, x, [x, r], s.add(x, r));
+    }
+}
+
+struct AddActivated<'a> {
+    x: &'a mut [f32],
+    r: &'a [f32],
+    act: Activation,
+}
+
+impl Kernel for AddActivated<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (x, r) = (self.x, self.r);
+        match self.act {
+            Activation::Silu => each_vector!(s, x, [x, r], s.add(x, silu(s, r))),
+            Activation::GeluTanh => each_vector!(s, x, [x, r], s.add(x, gelu_tanh(s, r))),
+        }
     }
 }
 

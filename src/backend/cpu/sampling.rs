@@ -9,7 +9,7 @@ use super::Tier;
 use super::lanes::math::exp;
 use super::lanes::{Kernel, Simd, dispatch};
 use super::logits::{greatest, logits_stats, order, top_k};
-use crate::backend::sampling::Tree;
+use crate::backend::sampling::{Left, NOTHING, ratio};
 use crate::backend::{Draw, NO_TOKEN};
 use crate::rng::Key;
 
@@ -178,56 +178,56 @@ pub(super) fn stats(tier: Tier, x: &[f32], stats: &mut [f32]) -> u32 {
     if good { s.argmax } else { NO_TOKEN }
 }
 
-/// [`Rule::Reject`](crate::backend::Rule::Reject) for one sequence: writes the path, says how long it is and which token follows.
-/// p and q are not normalised in place but beside their sums.
-pub(super) fn reject<'m>(
-    tree: &Tree<'_>,
-    p: impl Fn(usize) -> &'m [f32],
-    q: impl Fn(usize) -> &'m [f32],
-    key: Key,
-    path: &mut [u32],
-) -> (u32, u32) {
-    let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-    let (mut node, mut kept, mut decision) = (0, 0, 0);
-    let mut uniform = || {
-        decision += 1;
-        key.at(decision - 1).uniform()
-    };
-    'down: loop {
-        path[kept] = node as u32;
-        kept += 1;
-        let given = p(node);
-        // Since the first rejection at this node: p and q, and their sums.
-        let mut left: Option<(Vec<f64>, Vec<f64>, [f64; 2])> = None;
-        for child in tree.children(node).take_while(|_| kept < path.len()) {
-            let x = tree.tokens[child] as usize;
-            let (px, qx) = match &left {
-                Some((p, q, sums)) => (p[x] / sums[0], q[x] / sums[1]),
-                None => (f64::from(given[x]), f64::from(q(node)[x])),
-            };
-            if uniform() * qx < px {
-                node = child;
-                continue 'down;
-            }
-            let (p, q, sums) = left.get_or_insert_with(|| (wide(given), wide(q(node)), [1.0; 2]));
-            let rest = |p: f64, q: f64| (p / sums[0] - q / sums[1]).max(0.0);
-            let sum: f64 = p.iter().zip(&*q).map(|(p, q)| rest(*p, *q)).sum();
-            // p was q but for rounding: p is right as it is.
-            if sum == 0.0 {
-                break;
-            }
-            p.iter_mut().zip(&*q).for_each(|(p, q)| *p = rest(*p, *q));
-            q[x] = 0.0;
-            *sums = [sum, q.iter().sum()];
-            if sums[1] == 0.0 {
-                break;
-            }
-        }
-        let next = match left {
-            Some((p, ..)) => invert(p.into_iter(), uniform()),
-            None => invert(given.iter().map(|p| f64::from(*p)), uniform()),
+/// What rejections have left of a node's p and q, and its ratio. The rows are copied at the first, and not normalised in place but
+/// beside their sums.
+pub(super) struct Rest<'m> {
+    pub p: &'m [f32],
+    pub q: &'m [f32],
+    pub r: f64,
+    pub copies: Option<(Vec<f64>, Vec<f64>, [f64; 2])>,
+}
+
+impl Left for Rest<'_> {
+    fn r(&self) -> f64 {
+        self.r
+    }
+
+    fn ratio(&self, x: usize) -> f64 {
+        let (p, q) = match &self.copies {
+            Some((p, q, sums)) => (p[x] / sums[0], q[x] / sums[1]),
+            None => (f64::from(self.p[x]), f64::from(self.q[x])),
         };
-        return (kept as u32, next.map_or(NO_TOKEN, |i| i as u32));
+        ratio(self.r * p, q)
+    }
+
+    fn reject(&mut self, x: usize, replacement: bool) -> bool {
+        let r = self.r;
+        let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+        let (p, q, sums) = self.copies.get_or_insert_with(|| (wide(self.p), wide(self.q), [1.0; 2]));
+        let rest = |p: f64, q: f64| (r * (p / sums[0]) - q / sums[1]).max(0.0);
+        let sum: f64 = p.iter().zip(&*q).map(|(p, q)| rest(*p, *q)).sum();
+        if sum < NOTHING {
+            if r < 1.0 && p.iter().any(|p| *p > 0.0) {
+                self.r = 0.0;
+            }
+            return false;
+        }
+        p.iter_mut().zip(&*q).for_each(|(p, q)| *p = rest(*p, *q));
+        self.r = sum / (sum + 1.0 - r);
+        sums[0] = sum;
+        if !replacement {
+            q[x] = 0.0;
+            sums[1] = q.iter().sum();
+        }
+        sums[1] > 0.0
+    }
+
+    fn draw(&self, u: f64) -> u32 {
+        let hit = match &self.copies {
+            Some((p, ..)) => invert(p.iter().copied(), u),
+            None => invert(self.p.iter().map(|p| f64::from(*p)), u),
+        };
+        hit.map_or(NO_TOKEN, |i| i as u32)
     }
 }
 

@@ -356,6 +356,7 @@ impl Drop for Graph {
 pub(super) enum Slot {
     Tokens,
     Rows,
+    Every,
     Path,
     Segments,
     TreeBits,
@@ -367,6 +368,7 @@ pub(super) enum Slot {
     TreeParents,
     Drafts,
     Chances,
+    Penalties,
 }
 
 /// Bytes of tables that are kept.
@@ -375,7 +377,7 @@ const TABLES: usize = 64 << 20;
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
 pub(super) struct Small {
-    entries: [Entry; 13],
+    entries: [Entry; 14],
     tables: HashMap<Vec<u8>, CudaBuf<u8>>,
     table_bytes: usize,
 }

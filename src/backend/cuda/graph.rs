@@ -283,7 +283,7 @@ mod driven {
             cuda.embed(x.head_mut(D), embed, &[t], 1.0).unwrap();
             // What follows is one tape, whether or not something is sent before it.
             cuda.stream.flush().unwrap();
-            let mut segments = [Segment { kv, past, rows: 1, mask: Mask::Causal }];
+            let mut segments = [Segment { kv, past, staged: 0, rows: 1, mask: Mask::Causal }];
             for layer in 0..LAYERS {
                 let y = y.view_mut(layer * D..(layer + 1) * D);
                 cuda.kv_stage(&mut segments, layer, x.all(), x.all()).unwrap();
@@ -311,7 +311,7 @@ mod driven {
             match slot {
                 Slot::Tokens => graphs.cuda.small().pretend(slot, &[9u32]),
                 _ => {
-                    let segments = [Segment { kv: &mut graphs.kv, past: 4, rows: 1, mask: Mask::Causal }];
+                    let segments = [Segment { kv: &mut graphs.kv, past: 4, staged: 0, rows: 1, mask: Mask::Causal }];
                     let (segs, _) = table(&segments).unwrap();
                     graphs.cuda.small().pretend(slot, &segs);
                 }

@@ -91,6 +91,7 @@ kernels! {
         EMBED_Q6_K: EmbedBlocks = "embed_q6_k";
         GATHER_ROWS: GatherRows = "gather_rows";
         ADD: Add = "add";
+        ADD_ACTIVATED: AddActivated = "add_activated";
         RMS_NORM: RmsNorm = "rms_norm";
         ADD_RMS_NORM: AddRmsNorm = "add_rms_norm";
         ADD_NORMED: AddNormed = "add_normed";
@@ -119,10 +120,12 @@ kernels! {
     "sample" {
         SAMPLE: Sample = "sample";
         DISTRIBUTION: Distribution = "distribution";
+        PENALIZE: Penalize = "penalize";
     }
     "verify" {
         VERIFY_WALK: VerifyWalk = "verify_walk";
         VERIFY_SIBLINGS: VerifySiblings = "verify_siblings";
+        VERIFY_TRAVERSAL: VerifySiblings = "verify_traversal";
     }
     "attention" {
         ATTEND_64_M16: Attention = "attend_64_m16";

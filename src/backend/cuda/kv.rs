@@ -62,37 +62,34 @@ impl CudaKv {
 pub(super) fn table(segments: &[Segment<'_, Cuda>]) -> Result<(Vec<Seg>, Vec<u32>)> {
     let (mut table, mut bits, mut first) = (Vec::with_capacity(segments.len()), Vec::new(), 0);
     for s in segments {
-        let (kv, rows) = (&*s.kv, s.rows);
-        ensure!(
-            s.past + rows <= kv.capacity,
-            Capacity,
-            "{rows} rows behind {} exceed a cache of {}",
-            s.past,
-            kv.capacity
-        );
+        let (kv, rows, all) = (&*s.kv, s.rows, s.staged + s.rows);
+        let (at, end) = (s.range().start, s.range().end);
+        ensure!(end <= kv.capacity, Capacity, "{rows} rows behind {at} exceed a cache of {}", kv.capacity);
         let mask = match s.mask {
             Mask::Causal => 0,
             Mask::Full => 1,
             Mask::Tree(t) => {
-                ensure!(t.len() == rows, Shape, "a tree of {} rows for {rows}", t.len());
+                ensure!(t.len() == all, Shape, "a tree of {} rows for {all}", t.len());
                 2
             }
         };
         // The offset for now; never 0 once the address is added.
         let at = bits.len() * 4;
         if let Mask::Tree(t) = s.mask {
-            bits.extend((0..rows).flat_map(|i| t.row(i)).flat_map(|w| [*w as u32, (*w >> 32) as u32]));
+            bits.extend((0..all).flat_map(|i| t.row(i)).flat_map(|w| [*w as u32, (*w >> 32) as u32]));
         }
         if rows > 0 {
             table.push(Seg {
                 kv: kv.data.address(),
                 bits: at as u64,
                 past: s.past as u32,
+                staged: s.staged as u32,
                 rows: rows as u32,
                 first,
                 mask,
                 capacity: kv.capacity as u32,
-                block: rows as u32,
+                block: all as u32,
+                words: all.div_ceil(64) as u32,
             });
         }
         first += rows as u32;

@@ -8,7 +8,7 @@ use super::kernels::{self as k, Family, Kernel};
 use super::kv::{CudaKv, table};
 use super::memory::{CudaBuf, Dst, Src};
 use super::weight::{CudaWeight, Form};
-use crate::backend::{Accepted, AttnSpec, Backend, Buffer, Draw, Mask, Rule, Segment, Trees, WeightInfo};
+use crate::backend::{Accepted, AttnSpec, Backend, Buffer, Draw, Mask, Penalty, Rule, Segment, Trees, WeightInfo};
 use crate::dtype::{DType, Elem};
 use crate::error::{Result, bail};
 use crate::model::config::Activation;
@@ -145,7 +145,13 @@ impl Backend for Cuda {
             return Ok(());
         }
         let mut small = self.small();
-        let index = small.put(&self.stream, Slot::Rows, rows)?;
+        let index = if rows.iter().copied().eq(0..n as u32) {
+            // A copy, of which a pass may have several: its own slot, and a round size, so that it is sent but once.
+            let every: Vec<u32> = (0..n.next_power_of_two() as u32).collect();
+            Src::at(small.put(&self.stream, Slot::Every, &every)?.address(), n)
+        } else {
+            small.put(&self.stream, Slot::Rows, rows)?
+        };
         self.rows_launch(k::GATHER_ROWS, args::GatherRows::new(x, index, y, from as u32, n as u32, d as u32)?, n)
     }
 
@@ -155,6 +161,22 @@ impl Backend for Cuda {
             return Ok(());
         }
         self.launch(k::ADD, args::Add::new(x, r, n as u32)?, spread(n), THREADS, 0)
+    }
+
+    fn operand(&self, y: Dst<'_, bf16>, x: Src<'_, f32>) -> Result<()> {
+        let n = y.len();
+        if n == 0 {
+            return Ok(());
+        }
+        self.launch(k::SET_BF16, args::SetBf16::new(y, x, n as u32)?, spread(n), THREADS, 0)
+    }
+
+    fn add_activated(&self, x: Dst<'_, f32>, r: Src<'_, f32>, act: Activation) -> Result<()> {
+        let n = x.len();
+        if n == 0 {
+            return Ok(());
+        }
+        self.launch(k::ADD_ACTIVATED, args::AddActivated::new(x, r, n as u32, number(act))?, spread(n), THREADS, 0)
     }
 
     fn rms_norm(&self, y: Dst<'_, bf16>, x: Src<'_, f32>, w: &CudaBuf<f32>, eps: f32) -> Result<()> {
@@ -434,7 +456,7 @@ impl Backend for Cuda {
             (256, false) => (k::ATTEND_256_M32, 32),
             _ => (k::ATTEND_ANY_M16, 16),
         };
-        let keys = segments.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
+        let keys = segments.iter().map(|s| s.range().end).max().unwrap_or(0);
         // Blocks without keys leave at once. So many that a growing context changes the launch, and its graph, rarely.
         let chunks = keys.div_ceil(KEY_CHUNK).next_power_of_two();
         let ld = head_dim.div_ceil(16) * 16 + 8;
@@ -495,6 +517,10 @@ impl Backend for Cuda {
         k: usize,
     ) -> Result<()> {
         self.run_top_k(values, ids, logits, vocab, k)
+    }
+
+    fn penalize(&self, logits: Dst<'_, f32>, vocab: usize, penalties: &[Penalty]) -> Result<()> {
+        self.run_penalize(logits, vocab, penalties)
     }
 
     fn sample(&self, tokens: Dst<'_, u32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {

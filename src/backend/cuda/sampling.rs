@@ -3,8 +3,8 @@
 use super::device::Slot;
 use super::memory::{Dst, Src};
 use super::{Cuda, args, kernels as k};
-use crate::backend::sampling::width;
-use crate::backend::{Accepted, Draw, Rule, Segment, Trees};
+use crate::backend::sampling::{check_penalties, width};
+use crate::backend::{Accepted, Draw, Order, Penalty, Rule, Segment, Trees};
 use crate::error::{Result, ensure};
 use crate::rng::Key;
 
@@ -52,6 +52,19 @@ impl Cuda {
         }
         let args = args::TopK::new(logits, values, ids, rows as u32, vocab as u32, n as u32)?;
         self.launch(k::TOP_K, args, [rows, 1, 1], threads(vocab, 1024), 0)
+    }
+
+    pub(super) fn run_penalize(&self, logits: Dst<'_, f32>, vocab: usize, penalties: &[Penalty]) -> Result<()> {
+        check_penalties(penalties, logits.len(), vocab)?;
+        if penalties.is_empty() {
+            return Ok(());
+        }
+        let (count, n) = (logits.len() as u32, penalties.len() as u32);
+        let record = |p: &Penalty| args::Penalty { at: p.row * vocab as u32 + p.token, factor: p.factor };
+        let mut small = self.small();
+        let penalties = small.put(&self.stream, Slot::Penalties, &penalties.iter().map(record).collect::<Vec<_>>())?;
+        let args = args::Penalize::new(logits, penalties, count, n)?;
+        self.launch(k::PENALIZE, args, [(n as usize).div_ceil(128), 1, 1], 128, 0)
     }
 
     pub(super) fn run_sample(&self, tokens: Dst<'_, u32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
@@ -103,19 +116,23 @@ impl Cuda {
                 let args = args::VerifyWalk::new(table, tokens, parents, picks, path, counts, next, s, n, stride)?;
                 self.launch(k::VERIFY_WALK, args, [sequences.div_ceil(4), 1, 1], 128, 0)
             }
-            Rule::Reject { p, q, drafts, keys } => {
+            Rule::Reject { p, q, drafts, keys, replacement, order } => {
                 let vocab = width("verify_tree", p.len(), nodes)?;
                 let drafted = q.len() / vocab;
-                trees.check_reject(drafts, keys, drafted, vocab)?;
+                trees.check_reject(drafts, keys, drafted, vocab, order)?;
                 let chances: Vec<args::Chance> =
                     keys.iter().map(|&Key { seed, stream, counter }| args::Chance { seed, stream, counter }).collect();
                 let drafts = small.put(&self.stream, Slot::Drafts, drafts)?;
                 let chances = small.put(&self.stream, Slot::Chances, &chances)?;
-                let (d, v) = (drafted as u32, vocab as u32);
+                let (d, v, r) = (drafted as u32, vocab as u32, u32::from(replacement));
                 let args = args::VerifySiblings::new(
-                    table, tokens, parents, drafts, p, q, chances, path, counts, next, s, n, d, v, stride,
+                    table, tokens, parents, drafts, p, q, chances, path, counts, next, s, n, d, v, stride, r,
                 )?;
-                self.launch(k::VERIFY_SIBLINGS, args, [sequences, 1, 1], threads(vocab, 512), 0)
+                let kernel = match order {
+                    Order::RootFirst => k::VERIFY_SIBLINGS,
+                    Order::LeavesFirst => k::VERIFY_TRAVERSAL,
+                };
+                self.launch(kernel, args, [sequences, 1, 1], threads(vocab, 512), 0)
             }
         }
     }

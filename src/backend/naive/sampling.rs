@@ -1,8 +1,7 @@
 //! From logits to tokens, by the book.
 
-use crate::backend::sampling::Tree;
+use crate::backend::sampling::{Left, NOTHING, ratio};
 use crate::backend::{Draw, NO_TOKEN};
-use crate::rng::Key;
 
 /// Maximum, log-sum-exp and entropy, and the lowest id of the maximum.
 pub(super) fn stats(x: &[f64]) -> ([f64; 3], u32) {
@@ -62,43 +61,43 @@ pub(super) fn invert(p: &[f64], u: f64) -> u32 {
     hit.or(p.iter().rposition(|p| *p > 0.0)).map_or(NO_TOKEN, |i| i as u32)
 }
 
-/// [`Rule::Reject`](crate::backend::Rule::Reject) for one sequence, whose distributions are `p(node)` and `q(node)`: writes the
-/// path, says how long it is and which token follows.
-pub(super) fn reject<'m>(
-    tree: &Tree<'_>,
-    p: impl Fn(usize) -> &'m [f64],
-    q: impl Fn(usize) -> &'m [f64],
-    key: Key,
-    path: &mut [u32],
-) -> (u32, u32) {
-    let (mut node, mut kept) = (0, 0);
-    let mut uniforms = (0..).map(|i| key.at(i).uniform());
-    let mut u = || uniforms.next().unwrap_or_default();
-    'down: loop {
-        path[kept] = node as u32;
-        kept += 1;
-        let mut p = p(node).to_vec();
-        let mut q = if tree.children(node).next().is_some() { q(node).to_vec() } else { Vec::new() };
-        for child in tree.children(node).take_while(|_| kept < path.len()) {
-            let x = tree.tokens[child] as usize;
-            if u() * q[x] < p[x] {
-                node = child;
-                continue 'down;
+/// What rejections have left of a node's p and q, and its ratio.
+pub(super) struct Rest {
+    pub p: Vec<f64>,
+    pub q: Vec<f64>,
+    pub r: f64,
+}
+
+impl Left for Rest {
+    fn r(&self) -> f64 {
+        self.r
+    }
+
+    fn ratio(&self, x: usize) -> f64 {
+        ratio(self.r * self.p[x], self.q[x])
+    }
+
+    fn reject(&mut self, x: usize, replacement: bool) -> bool {
+        let rest: Vec<f64> = self.p.iter().zip(&self.q).map(|(p, q)| (self.r * p - q).max(0.0)).collect();
+        let sum: f64 = rest.iter().sum();
+        if sum < NOTHING {
+            if self.r < 1.0 && self.p.iter().any(|p| *p > 0.0) {
+                self.r = 0.0;
             }
-            let rest: Vec<f64> = p.iter().zip(&q).map(|(p, q)| (p - q).max(0.0)).collect();
-            let sum: f64 = rest.iter().sum();
-            // p was q but for rounding: p is right as it is.
-            if sum <= 0.0 {
-                break;
-            }
-            p = rest.into_iter().map(|r| r / sum).collect();
-            q[x] = 0.0;
-            let sum: f64 = q.iter().sum();
-            if sum <= 0.0 {
-                break;
-            }
-            q.iter_mut().for_each(|q| *q /= sum);
+            return false;
         }
-        return (kept as u32, invert(&p, u()));
+        self.p = rest.into_iter().map(|r| r / sum).collect();
+        self.r = sum / (sum + 1.0 - self.r);
+        if replacement {
+            return true;
+        }
+        self.q[x] = 0.0;
+        let sum: f64 = self.q.iter().sum();
+        self.q.iter_mut().for_each(|q| *q /= sum);
+        sum > 0.0
+    }
+
+    fn draw(&self, u: f64) -> u32 {
+        invert(&self.p, u)
     }
 }

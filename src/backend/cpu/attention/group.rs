@@ -20,7 +20,7 @@ pub struct Group<'a> {
     pub spec: &'a AttnSpec,
     /// Key head.
     pub head: usize,
-    /// First row, in its segment.
+    /// First row, among all staged rows of its segment.
     pub row: usize,
     pub rows: usize,
 }
@@ -147,17 +147,17 @@ impl<'a> Group<'a> {
         self.rows * self.shared_heads()
     }
 
-    /// Row (in the segment) and head of query `i`.
+    /// Row (in the group) and head of query `i`.
     pub fn query(&self, i: usize) -> (usize, usize) {
         let g = self.shared_heads();
-        (self.row + i / g, self.head * g + i % g)
+        (i / g, self.head * g + i % g)
     }
 
-    /// Positions that row `i` of the segment sees.
+    /// Positions that staged row `i` sees.
     fn seen(&self, i: usize) -> Range<usize> {
-        let SegView { past, rows, mask, .. } = *self.seg;
+        let SegView { past, mask, .. } = *self.seg;
         let p = mask.position(past, i);
-        let end = if matches!(mask, Mask::Full) { past + rows } else { p + 1 };
+        let end = if matches!(mask, Mask::Full) { self.seg.end() } else { p + 1 };
         self.spec.window.map_or(0, |w| (p + 1).saturating_sub(w))..end
     }
 
@@ -248,7 +248,7 @@ impl<'a> Group<'a> {
             let (m, to) = (tile.len(), &mut to[tile.start * dim..tile.end * dim]);
             for (lane, i) in tile.enumerate() {
                 let (row, head) = self.query(i);
-                let from = &q[(row - self.row) * q_dim + head * dim..][..dim];
+                let from = &q[row * q_dim + head * dim..][..dim];
                 for (to, from) in to[lane..].iter_mut().step_by(m).zip(from) {
                     *to = from * self.spec.scale;
                 }

@@ -29,7 +29,7 @@ impl Sequence {
     }
 
     fn seg<'a>(&'a self, past: usize, rows: usize, mask: Mask<'a>) -> SegView<'a> {
-        SegView { kv: &self.kv, past, rows, mask }
+        SegView { kv: &self.kv, past, staged: 0, rows, mask }
     }
 }
 
@@ -183,7 +183,7 @@ fn a_tree_decodes_to_the_bits_of_its_paths() {
             for (i, &row) in path.iter().enumerate() {
                 let r = (past + row) * kd..(past + row + 1) * kd;
                 line.stage(&pools[0], tier, 1, past + i, &seq.k[r.clone()], &seq.v[r]).unwrap();
-                let seg = SegView { kv: &line, past: past + i, rows: 1, mask: Mask::Causal };
+                let seg = SegView { kv: &line, past: past + i, staged: 0, rows: 1, mask: Mask::Causal };
                 let one = run(&pools[rng.below(2)], tier, &q[row * qd..(row + 1) * qd], &[seg], &spec);
                 assert_eq!(
                     bits(&one),
@@ -201,8 +201,9 @@ fn a_tree_decodes_to_the_bits_of_its_paths() {
         line.stage(&pools[0], tier, 1, past, &committed, &values).unwrap();
         seq.kv.commit(past, &path).unwrap();
         let (q, at) = (&q[..qd], past + path.len() - 1);
-        let after =
-            |kv: &CpuKv| run(&pools[1], tier, q, &[SegView { kv, past: at, rows: 1, mask: Mask::Causal }], &spec);
+        let after = |kv: &CpuKv| {
+            run(&pools[1], tier, q, &[SegView { kv, past: at, staged: 0, rows: 1, mask: Mask::Causal }], &spec)
+        };
         assert_eq!(bits(&after(&seq.kv)), bits(&after(&line)));
     }
 }

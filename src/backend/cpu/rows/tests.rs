@@ -132,14 +132,14 @@ fn rotation_turns_pairs_and_stages_keys() {
             let new = || CpuKv::alloc(2, rows + 3, kd, Compute::Fast).unwrap();
             let (mut a, mut b, mut c, mut d) = (new(), new(), new(), new());
             let (mut q2, mut k2) = (q.clone(), k.clone());
-            let sinks = [(&mut a, 3, first), (&mut b, 0, rows - first)];
+            let sinks = [(3, &mut a, first), (0, &mut b, rows - first)];
             rope_stage(&two, tier, &mut q2, &mut k2, &v, &table, dim, 1, sinks).unwrap();
             assert_eq!((&q2, &k2), (&turned, &k1), "{tier}");
             c.stage(&one, tier, 1, 3, &k1[..first * kd], &v[..first * kd]).unwrap();
             d.stage(&one, tier, 1, 0, &k1[first * kd..], &v[first * kd..]).unwrap();
             let spec = AttnSpec { heads: q_heads, kv_heads: k_heads, head_dim: dim, scale: 0.3, window: None };
             let look = |kv: &CpuKv, past, rows| {
-                let seg = super::super::attention::SegView { kv, past, rows, mask: Mask::Causal };
+                let seg = super::super::attention::SegView { kv, past, staged: 0, rows, mask: Mask::Causal };
                 let mut y = vec![0.0; rows * qd];
                 super::super::attention::attention(&one, tier, &mut y, &q[..rows * qd], &[seg], 1, &spec).unwrap();
                 y
