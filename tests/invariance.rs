@@ -1,5 +1,5 @@
 //! What speculation and reproducibility rest on: a row's result depends neither on the rows beside it, nor on the number
-//! of threads, nor on whether its keys were committed or staged, in a line or in a tree. All comparisons are of bits.
+//! of threads, nor on whether its keys were committed or staged, in a line or in a tree, at once or level by level. All comparisons are of bits.
 
 mod common;
 
@@ -31,7 +31,10 @@ impl<B: Backend> Run<B> {
 
     /// Bits of the logits of every row of a pass.
     fn pass(&mut self, cache: &mut KvCache<B>, tokens: &[u32], mask: Mask<'_>) -> Vec<Vec<u32>> {
-        let seq = Sequence { cache, tokens, mask, want: Want::All };
+        self.run(Sequence::new(cache, tokens, mask, Want::All))
+    }
+
+    fn run(&mut self, seq: Sequence<'_, B>) -> Vec<Vec<u32>> {
         let rows = self.model.forward(&mut [seq], &mut self.ws).unwrap();
         let mut row = vec![0.0; self.model.config().vocab];
         (0..rows)
@@ -116,13 +119,26 @@ fn tree_paths_equal_lines<B: Backend>(mut run: Run<B>, rng: &mut Rng, label: &st
         assert!(same(&rows[p as usize], &single[prefix.len() + i]), "{label}: node {p} of {n}");
     }
     // The committed path must serve the next token as if it had been decoded.
-    let mut again = run.cache();
-    run.pass(&mut again, &prefix, Mask::Causal);
-    again.commit_first(prefix.len()).unwrap();
-    run.pass(&mut again, &tokens, Mask::Tree(&mask));
-    again.commit(run.model.backend(), &path).unwrap();
-    let row = run.pass(&mut again, &[1], Mask::Causal);
-    assert!(same(&row[0], &single[line.len()]), "{label}: after committing {path:?}");
+    cache.commit(run.model.backend(), &path).unwrap();
+    let after = run.pass(&mut cache, &[1], Mask::Causal);
+    assert!(same(&after[0], &single[line.len()]), "{label}: after committing {path:?}");
+    // Level by level is the same bits everywhere.
+    let mut grown = run.cache();
+    run.pass(&mut grown, &prefix, Mask::Causal);
+    grown.commit_first(prefix.len()).unwrap();
+    let (mut at, mut levels) = (0, Vec::new());
+    while at < n {
+        let end = n.min(at + 1 + rng.below(24));
+        let (mask, tokens) = (TreeMask::new(&parents[..end]).unwrap(), &tokens[at..end]);
+        levels.extend(run.run(match at {
+            0 => Sequence::new(&mut grown, tokens, Mask::Tree(&mask), Want::All),
+            _ => Sequence::extend(&mut grown, tokens, Mask::Tree(&mask), Want::All),
+        }));
+        at = end;
+    }
+    assert!(levels == rows, "{label}: level by level");
+    grown.commit(run.model.backend(), &path).unwrap();
+    assert!(run.pass(&mut grown, &[1], Mask::Causal) == after, "{label}: after committing {path:?} of levels");
 }
 
 fn sequences_do_not_mix<B: Backend>(mut run: Run<B>, rng: &mut Rng) {
@@ -133,7 +149,7 @@ fn sequences_do_not_mix<B: Backend>(mut run: Run<B>, rng: &mut Rng) {
     let mut seqs: Vec<_> = caches
         .iter_mut()
         .zip(&texts)
-        .map(|(cache, tokens)| Sequence { cache, tokens, mask: Mask::Causal, want: Want::All })
+        .map(|(cache, tokens)| Sequence::new(cache, tokens, Mask::Causal, Want::All))
         .collect();
     let rows = run.model.forward(&mut seqs, &mut run.ws).unwrap();
     assert_eq!(rows, alone.len());

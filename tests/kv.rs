@@ -1,7 +1,8 @@
-//! Random programs of stage, commit, truncate and fork against the plain sequence they should amount to.
+//! Random programs of stage, extend, commit, truncate and fork against the plain sequence they should amount to.
 
 mod common;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
@@ -13,11 +14,37 @@ use quadriga::rng::Rng;
 const CAPACITY: usize = 48;
 
 fn logits<B: Backend>(m: &Model<B>, ws: &mut Workspace<B>, cache: &mut KvCache<B>, token: u32) -> Vec<f32> {
-    let seq = Sequence { cache, tokens: &[token], mask: Mask::Causal, want: Want::Last };
-    m.forward(&mut [seq], ws).unwrap();
+    m.forward(&mut [Sequence::new(cache, &[token], Mask::Causal, Want::Last)], ws).unwrap();
     let mut row = vec![0.0; m.config().vocab];
     ws.logits(m.backend(), 0, &mut row).unwrap();
     row
+}
+
+/// 0..n in one part or several.
+fn parts(rng: &mut Rng, n: usize) -> Vec<Range<usize>> {
+    let mut parts = Vec::from([0..rng.below(n + 1)]);
+    while parts[parts.len() - 1].end < n {
+        let at = parts[parts.len() - 1].end;
+        parts.push(at..at + 1 + rng.below(n - at));
+    }
+    parts
+}
+
+/// Stages a part of `tokens` behind the part before it.
+fn stage<B: Backend>(
+    m: &Model<B>,
+    ws: &mut Workspace<B>,
+    cache: &mut KvCache<B>,
+    tokens: &[u32],
+    part: Range<usize>,
+    mask: Mask<'_>,
+) {
+    let (start, tokens) = (part.start, &tokens[part]);
+    let seq = match start {
+        0 => Sequence::new(cache, tokens, mask, Want::Nothing),
+        _ => Sequence::extend(cache, tokens, mask, Want::Nothing),
+    };
+    m.forward(&mut [seq], ws).unwrap();
 }
 
 #[test]
@@ -59,17 +86,19 @@ fn programs_equal_a_vector<B: Backend>(m: Model<B>, programs: usize) {
                     let parents: Vec<u32> =
                         (0..n).map(|i| if i == 0 { TreeMask::ROOT } else { rng.below(i) as u32 }).collect();
                     let tree = TreeMask::new(&parents).unwrap();
-                    let seq =
-                        Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Tree(&tree), want: Want::Nothing };
-                    m.forward(&mut [seq], &mut ws).unwrap();
+                    for part in parts(&mut rng, n) {
+                        let grown = TreeMask::new(&parents[..part.end]).unwrap();
+                        stage(&m, &mut ws, &mut cache, &tokens, part, Mask::Tree(&grown));
+                    }
                     let path: Vec<u32> =
                         if n == 0 { vec![] } else { (0..n as u32).filter(|&i| tree.sees(n - 1, i as usize)).collect() };
                     cache.commit(be, &path).unwrap();
                     kept.extend(path.iter().map(|&i| tokens[i as usize]));
                 }
                 _ => {
-                    let seq = Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Causal, want: Want::Nothing };
-                    m.forward(&mut [seq], &mut ws).unwrap();
+                    for part in parts(&mut rng, n) {
+                        stage(&m, &mut ws, &mut cache, &tokens, part, Mask::Causal);
+                    }
                     assert_eq!(cache.staged(), n);
                     let keep = rng.below(n + 1);
                     cache.commit_first(keep).unwrap();
@@ -81,7 +110,7 @@ fn programs_equal_a_vector<B: Backend>(m: Model<B>, programs: usize) {
         let got = logits(&m, &mut ws, &mut cache, 7);
         let mut plain = KvCache::new(be, cfg, CAPACITY).unwrap();
         for chunk in kept.chunks(32) {
-            let seq = Sequence { cache: &mut plain, tokens: chunk, mask: Mask::Causal, want: Want::Nothing };
+            let seq = Sequence::new(&mut plain, chunk, Mask::Causal, Want::Nothing);
             m.forward(&mut [seq], &mut ws).unwrap();
             plain.commit_first(chunk.len()).unwrap();
         }
@@ -102,7 +131,7 @@ fn misuse_is_an_error() {
     let mut cache = KvCache::new(be, m.config(), 4).unwrap();
     let mut ws = Workspace::new(be, m.config(), 3, 2).unwrap();
     let mut pass = |cache: &mut KvCache<Cpu>, tokens: &[u32], mask: Mask<'_>, want: Want<'_>| {
-        m.forward(&mut [Sequence { cache, tokens, mask, want }], &mut ws).map_err(|e| e.to_string())
+        m.forward(&mut [Sequence::new(cache, tokens, mask, want)], &mut ws).map_err(|e| e.to_string())
     };
     let vocab = m.config().vocab as u32;
     let two = TreeMask::new(&[TreeMask::ROOT, 0]).unwrap();
@@ -114,6 +143,12 @@ fn misuse_is_an_error() {
     says(pass(&mut cache, &[1; 3], Mask::Tree(&two), Want::Nothing), "tree");
     says(pass(&mut cache, &[1; 2], Mask::Causal, Want::Rows(&[2])), "rows");
     assert!(pass(&mut cache, &[1; 3], Mask::Causal, Want::Last).is_ok());
+    // What extends counts all that is staged.
+    let mut extend = |cache: &mut KvCache<Cpu>, tokens: &[u32], mask: Mask<'_>| {
+        m.forward(&mut [Sequence::extend(cache, tokens, mask, Want::Nothing)], &mut ws).map_err(|e| e.to_string())
+    };
+    says(extend(&mut cache, &[1; 2], Mask::Causal), "context");
+    says(extend(&mut cache, &[1], Mask::Tree(&two)), "tree");
     assert!(cache.commit(be, &[1, 0]).is_err() && cache.commit(be, &[3]).is_err());
     assert!(cache.commit_first(4).is_err());
     cache.commit(be, &[0, 2]).unwrap();

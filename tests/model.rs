@@ -11,7 +11,9 @@ use quadriga::backend::naive::Naive;
 use quadriga::backend::{Backend, Mask, TreeMask};
 use quadriga::decode::sampler::argmax;
 use quadriga::format::Checkpoint;
-use quadriga::model::{KvCache, Model, Sequence, Tap, Want, Workspace};
+use quadriga::model::roles::{Role, TensorSource};
+use quadriga::model::{KvCache, Model, ModelConfig, Sequence, Tap, Want, Workspace};
+use quadriga::tensor::HostTensor;
 use serde_json::Value;
 
 fn fixtures() -> Vec<(PathBuf, PathBuf)> {
@@ -50,7 +52,7 @@ impl<B: Backend> Runner<B> {
     }
 
     fn pass(&mut self, tokens: &[u32], mask: Mask<'_>, want: Want<'_>) -> usize {
-        let seq = Sequence { cache: &mut self.cache, tokens, mask, want };
+        let seq = Sequence::new(&mut self.cache, tokens, mask, want);
         self.model.forward(&mut [seq], &mut self.ws).unwrap()
     }
 
@@ -115,7 +117,7 @@ impl<B: Backend> Runner<B> {
         let mut states: Vec<(Tap, Vec<f32>)> = Vec::new();
         let width = self.model.config().hidden;
         let mut watch = |tap: Tap, x: &[f32]| states.push((tap, x[row * width..][..width].to_vec()));
-        let seq = Sequence { cache: &mut self.cache, tokens: &prompt, mask: Mask::Causal, want: Want::Nothing };
+        let seq = Sequence::new(&mut self.cache, &prompt, Mask::Causal, Want::Nothing);
         self.model.forward_watched(&mut [seq], &mut self.ws, Some(&mut watch)).unwrap();
         // The golden's last entry is behind the final norm, which is not a tap; logits cover it.
         let want = h["states"].as_array().unwrap();
@@ -192,5 +194,62 @@ fn cuda_is_near() {
         // Operands of products, keys, values and probabilities in bf16: off by 0.11 to 0.27 at most, by fixture.
         let Some(be) = common::gpu() else { return };
         Runner::new(be, &path, 0.3, "cuda").check(&golden);
+    }
+}
+
+/// A checkpoint without its other layers.
+struct Shallow<'a> {
+    whole: &'a Checkpoint,
+    cfg: ModelConfig,
+    layers: Vec<usize>,
+}
+
+impl TensorSource for Shallow<'_> {
+    fn config(&self) -> &ModelConfig {
+        &self.cfg
+    }
+
+    fn tensor(&self, role: Role) -> quadriga::Result<HostTensor> {
+        self.whole.tensor(match role {
+            Role::Layer(i, r) => Role::Layer(self.layers[i], r),
+            other => other,
+        })
+    }
+}
+
+fn layers_are_left_out<B: Backend>(be: impl Fn() -> B) {
+    for (name, layers) in [("tiny-llama", vec![1]), ("tiny-mistral", vec![0]), ("tiny-gemma3", vec![0, 2])] {
+        let whole = Checkpoint::open(&common::root().join("models").join(name)).unwrap();
+        let mut cfg = whole.config().clone();
+        cfg.layers = layers.len();
+        cfg.local_layers = layers.iter().map(|&i| whole.config().is_local(i)).collect();
+        let source = Shallow { whole: &whole, cfg, layers: layers.clone() };
+        let removed = Model::load(Arc::new(be()), &source, |_, _| {}).unwrap();
+        let model = Model::load(Arc::new(be()), &whole, |_, _| {}).unwrap();
+        let skipping = model.of_layers(&layers).unwrap();
+        let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 90).collect();
+        let logits = |m: &Model<B>| {
+            let mut cache = KvCache::new(m.backend(), m.config(), 64).unwrap();
+            let mut ws = Workspace::new(m.backend(), m.config(), 64, 1).unwrap();
+            m.forward(&mut [Sequence::new(&mut cache, &tokens, Mask::Causal, Want::Last)], &mut ws).unwrap();
+            let mut row = vec![0.0; m.config().vocab];
+            ws.logits(m.backend(), 0, &mut row).unwrap();
+            row
+        };
+        assert!(logits(&skipping) == logits(&removed), "{name}: layers {layers:?}");
+        assert!(logits(&skipping) != logits(&model), "{name}");
+        assert!(skipping.weight_bytes() == removed.weight_bytes() && removed.weight_bytes() < model.weight_bytes());
+        assert!(model.of_layers(&[]).is_err() && model.of_layers(&[model.config().layers]).is_err());
+    }
+}
+
+#[test]
+fn skipped_layers_are_as_good_as_removed() {
+    layers_are_left_out(|| Naive);
+    for tier in Tier::available() {
+        layers_are_left_out(|| Cpu::with(2, tier, Compute::Fast));
+    }
+    if common::gpu().is_some() {
+        layers_are_left_out(|| common::gpu().unwrap());
     }
 }

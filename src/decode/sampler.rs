@@ -1,7 +1,7 @@
 //! From logits to a token: greedy, or temperature with top-k, top-p and min-p.
 
 use crate::backend::cpu::{Tier, sampling::sample};
-use crate::backend::{Draw, NO_TOKEN};
+use crate::backend::{Draw, NO_TOKEN, Penalty};
 use crate::error::{Result, bail, ensure};
 use crate::rng::Key;
 
@@ -59,17 +59,17 @@ impl Sampler {
         self.temperature == 0.0 || self.top_k == 1
     }
 
-    /// Divides or multiplies the logits of recent tokens, each once.
-    fn penalize(&self, logits: &mut [f32], history: &[u32]) {
+    /// What [`Backend::penalize`](crate::backend::Backend::penalize) takes for logits of `row`: a penalty on each token among those
+    /// before it, which come last first. For a node of a tree these are the tokens on its path, up to the root, and then those of the
+    /// text.
+    pub fn penalties(&self, row: u32, before: impl Iterator<Item = u32>) -> Vec<Penalty> {
         if self.repeat_penalty == 1.0 {
-            return;
+            return Vec::new();
         }
-        let recent = &history[history.len().saturating_sub(Self::PENALTY_WINDOW)..];
-        for (i, &t) in recent.iter().enumerate() {
-            if let (Some(x), false) = (logits.get_mut(t as usize), recent[..i].contains(&t)) {
-                *x = if *x > 0.0 { *x / self.repeat_penalty } else { *x * self.repeat_penalty };
-            }
-        }
+        let mut recent: Vec<u32> = before.take(Self::PENALTY_WINDOW).collect();
+        recent.sort_unstable();
+        recent.dedup();
+        recent.into_iter().map(|token| Penalty { row, token, factor: self.repeat_penalty }).collect()
     }
 
     /// What the backends take: this sampler, but for its penalty, with the random number of `key`.
@@ -83,7 +83,11 @@ impl Sampler {
     /// # Errors
     /// `Diverged` if a logit is NaN or none is finite.
     pub fn sample(&self, logits: &mut [f32], history: &[u32], key: Key) -> Result<u32> {
-        self.penalize(logits, history);
+        for p in self.penalties(0, history.iter().rev().copied()) {
+            if let Some(x) = logits.get_mut(p.token as usize) {
+                *x = p.on(*x);
+            }
+        }
         let mut token = [NO_TOKEN];
         sample(Tier::detect(), logits, &self.draw(key), &mut token);
         drawn(token[0])
@@ -140,8 +144,13 @@ mod tests {
     fn penalty_counts_each_token_once() {
         let s = Sampler { repeat_penalty: 2.0, ..Sampler::greedy() };
         let mut l = [4.0, 3.0, -1.0];
-        s.penalize(&mut l, &[0, 0, 2]);
+        assert_eq!(s.sample(&mut l, &[0, 0, 2], Key::default()).unwrap(), 1);
         assert_eq!(l, [2.0, 3.0, -2.0]);
+        // The oldest are out of sight.
+        let text = [vec![7], vec![3; Sampler::PENALTY_WINDOW]].concat();
+        let of = |n: usize| s.penalties(4, text[..n].iter().rev().copied());
+        assert_eq!(of(64).iter().map(|p| (p.row, p.token)).collect::<Vec<_>>(), [(4, 3), (4, 7)]);
+        assert_eq!(of(65).len(), 1);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Sampler;
 use super::sampler::drawn;
-use crate::backend::{Backend, Buffer, Mask};
+use crate::backend::{Backend, Buffer, In, Mask, Penalty};
 use crate::error::{Result, bail, ensure};
 use crate::model::{KvCache, Model, Sequence, Want, Workspace};
 use crate::rng::Key;
@@ -15,17 +15,23 @@ pub const PREFILL_ROWS: usize = 64;
 pub const LOGIT_ROWS: usize = 64;
 
 /// A text in the making. The last tokens may be *pending*: known, but not yet in the cache.
+///
+/// A step of speculation: the last token is pending, be it sampled or what the step before found. [`Session::stage`] takes a
+/// tree whose node 0 is that token; [`Session::logit_rows`] are then the target's, row by row of the tree; [`Session::commit`]
+/// keeps a path from node 0 on, whose tokens are then the text's; and [`Session::push`] appends the token that verification
+/// drew behind the path, which is the next pending one.
 pub struct Session<B: Backend> {
     model: Arc<Model<B>>,
-    cache: KvCache<B>,
     ws: Workspace<B>,
-    tokens: Vec<u32>,
+    pub(super) text: Text<B>,
     /// `tokens.len()` at which the logits in the workspace were computed; 0: never.
     logits_at: usize,
     /// The logits, where somebody on the host asked for them.
     logits: Vec<f32>,
     /// The token drawn, on the device.
     drawn: B::Buf<u32>,
+    /// The logits with a repetition penalty, where there is one.
+    penalized: Option<B::Buf<B::Acc>>,
     seed: u64,
     /// Which of the seed's random numbers this session draws by: another stream, another continuation of the same text.
     pub stream: u64,
@@ -37,6 +43,15 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// A capacity of zero, or beyond the context the model was made for.
     pub fn new(model: Arc<Model<B>>, capacity: usize, seed: u64) -> Result<Self> {
+        Self::with_taps(model, capacity, seed, &[])
+    }
+
+    /// A session that keeps [`Session::features`] of all committed tokens at the inputs of these layers, numbered as in
+    /// [`Workspace::with_taps`].
+    ///
+    /// # Errors
+    /// As [`Session::new`]; a tap behind the last layer.
+    pub fn with_taps(model: Arc<Model<B>>, capacity: usize, seed: u64, taps: &[usize]) -> Result<Self> {
         let cfg = model.config();
         ensure!(
             (1..=cfg.context).contains(&capacity),
@@ -47,9 +62,11 @@ impl<B: Backend> Session<B> {
         let be = model.backend();
         let rows = PREFILL_ROWS.min(capacity);
         let cache = KvCache::new(be, cfg, capacity)?;
-        let ws = Workspace::new(be, cfg, rows, LOGIT_ROWS.min(rows))?;
-        let (tokens, logits, drawn) = (Vec::with_capacity(capacity), Vec::new(), be.alloc(1)?);
-        Ok(Self { cache, ws, tokens, logits_at: 0, logits, drawn, seed, stream: 0, model })
+        let ws = Workspace::with_taps(be, cfg, rows, LOGIT_ROWS.min(rows), taps)?;
+        let features = taps.iter().map(|_| be.alloc(capacity * cfg.hidden)).collect::<Result<_>>()?;
+        let text = Text { cache, tokens: Vec::with_capacity(capacity), staged: Vec::new(), shared_at: None, features };
+        let (logits, drawn) = (Vec::new(), be.alloc(1)?);
+        Ok(Self { ws, text, logits_at: 0, logits, drawn, penalized: None, seed, stream: 0, model })
     }
 
     /// The model.
@@ -59,28 +76,37 @@ impl<B: Backend> Session<B> {
 
     /// All tokens so far, prompt and continuation.
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        &self.text.tokens
     }
 
     /// The cache.
     pub fn cache(&self) -> &KvCache<B> {
-        &self.cache
+        &self.text.cache
+    }
+
+    /// The workspace of its passes, which says how many rows one may have.
+    pub fn workspace(&self) -> &Workspace<B> {
+        &self.ws
     }
 
     /// Most tokens it can hold.
     pub fn capacity(&self) -> usize {
-        self.cache.capacity()
+        self.text.cache.capacity()
+    }
+
+    /// The residual stream at tap number `tap` of the committed tokens, `[cache().len(), hidden]`, on the device.
+    pub fn features(&self, tap: usize) -> In<'_, B, B::Acc> {
+        self.text.features[tap].head(self.text.cache.len() * self.model.config().hidden)
     }
 
     /// Appends tokens; they are computed by the next [`Session::advance`].
     pub fn push(&mut self, tokens: &[u32]) {
-        self.tokens.extend_from_slice(tokens);
+        self.text.tokens.extend_from_slice(tokens);
     }
 
     /// Back to the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
-        self.tokens.truncate(len);
-        self.cache.truncate(len);
+        self.text.truncate(len);
         if self.logits_at > len {
             self.logits_at = 0;
         }
@@ -91,25 +117,24 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// An empty session, or more tokens than its capacity.
     pub fn advance(&mut self) -> Result<u64> {
-        if self.logits_at == self.tokens.len() && self.logits_at > 0 {
+        if self.logits_at == self.tokens().len() && self.logits_at > 0 {
             return Ok(0);
         }
-        ensure!(!self.tokens.is_empty(), Usage, "the prompt is empty: there is nothing to continue");
-        let (n, capacity) = (self.tokens.len(), self.capacity());
+        ensure!(!self.tokens().is_empty(), Usage, "the prompt is empty: there is nothing to continue");
+        let (n, capacity) = (self.tokens().len(), self.capacity());
         ensure!(n <= capacity, Capacity, "{n} tokens exceed the context of {capacity}");
         // Logits of a truncated session have to be computed again from its last token.
-        if self.cache.len() == n {
-            self.cache.truncate(n - 1);
+        if self.cache().len() == n {
+            self.text.cache.truncate(n - 1);
         }
         let mut passes = 0;
-        while self.cache.len() < n {
-            let at = self.cache.len();
+        while self.cache().len() < n {
+            let at = self.cache().len();
             let end = n.min(at + self.ws.max_rows());
             let want = if end == n { Want::Last } else { Want::Nothing };
-            let tokens = &self.tokens[at..end];
-            let seq = Sequence { cache: &mut self.cache, tokens, mask: Mask::Causal, want };
-            self.model.forward(&mut [seq], &mut self.ws)?;
-            self.cache.commit_first(end - at)?;
+            let tokens = self.tokens()[at..end].to_vec();
+            self.stage(&tokens, Mask::Causal, want)?;
+            self.commit_all()?;
             passes += 1;
         }
         self.logits_at = n;
@@ -127,31 +152,59 @@ impl<B: Backend> Session<B> {
         Ok(&self.logits)
     }
 
-    /// Draws the next token, without appending it: on the device, where nothing but the token leaves it, unless there is a
-    /// repetition penalty. The random number is that of the token's position, so the same seed, stream and text give the
-    /// same token, however the text came about.
+    /// Draws the next token, without appending it, on the device: nothing but the token leaves it. The random number is that
+    /// of the token's position, so the same seed, stream and text give the same token, however the text came about.
     ///
     /// # Errors
     /// As [`Session::logits`]; `Diverged` where the logits are not finite.
     pub fn sample(&mut self, sampler: &Sampler) -> Result<u32> {
-        let key = Key { seed: self.seed, stream: self.stream, counter: self.tokens.len() as u64 };
-        if sampler.repeat_penalty != 1.0 {
-            // The penalty changes logits in place; those of the model are kept.
-            let mut logits = self.logits()?.to_vec();
-            return sampler.sample(&mut logits, &self.tokens, key);
-        }
         ensure!(self.logits_at > 0, Usage, "there are no logits: advance the session first");
-        let (be, mut token) = (self.model.backend(), [0]);
-        be.sample(self.drawn.head_mut(1), self.ws.logit_rows(1), &[sampler.draw(key)])?;
+        let key = self.key(self.tokens().len() as u64);
+        let (be, vocab) = (self.model.backend(), self.model.config().vocab);
+        let mut logits = self.ws.logit_rows(1);
+        let penalties = sampler.penalties(0, self.tokens().iter().rev().copied());
+        if !penalties.is_empty() {
+            // The penalty changes logits in place; those of the model are kept.
+            let mut copy = self.penalized.take().map_or_else(|| be.alloc::<B::Acc>(vocab), Ok)?;
+            be.gather_rows(copy.head_mut(vocab), logits, &[0], vocab)?;
+            be.penalize(copy.head_mut(vocab), vocab, &penalties)?;
+            logits = self.penalized.insert(copy).head(vocab);
+        }
+        be.sample(self.drawn.head_mut(1), logits, &[sampler.draw(key)])?;
+        let mut token = [0];
         be.download(self.drawn.head(1), &mut token)?;
         drawn(token[0])
     }
 
-    /// One pass over `tokens` behind the committed rows, staged and not kept; all rows' logits are in the workspace.
+    /// One pass over `tokens` behind the committed rows, staged and not kept. Returns how many rows want logits; they lie in the
+    /// workspace, and on the device in [`Session::logit_rows`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
     pub fn stage(&mut self, tokens: &[u32], mask: Mask<'_>, want: Want<'_>) -> Result<usize> {
-        self.logits_at = 0;
-        let seq = Sequence { cache: &mut self.cache, tokens, mask, want };
-        self.model.forward(&mut [seq], &mut self.ws)
+        self.unstage();
+        let rows = self.model.forward(&mut [Sequence::new(&mut self.text.cache, tokens, mask, want)], &mut self.ws)?;
+        self.text.staged.extend_from_slice(tokens);
+        Ok(rows)
+    }
+
+    /// The first `n` logit rows of the last pass, `[n, vocab]`, on the device.
+    pub fn logit_rows(&self, n: usize) -> In<'_, B, B::Acc> {
+        self.ws.logit_rows(n)
+    }
+
+    /// Changes the logit rows of the last [`Session::stage`] by a sampler's penalties.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn penalize(&mut self, rows: usize, penalties: &[Penalty]) -> Result<()> {
+        let (be, vocab) = (self.model.backend(), self.model.config().vocab);
+        be.penalize(self.ws.logit_rows_mut(rows), vocab, penalties)
+    }
+
+    /// The random number of the token at `position`: the same however the text before it came about.
+    pub fn key(&self, position: u64) -> Key {
+        Key { seed: self.seed, stream: self.stream, counter: position }
     }
 
     /// Returns once the last pass is done: on a GPU passes are only queued.
@@ -162,9 +215,29 @@ impl<B: Backend> Session<B> {
         self.ws.wait(self.model.backend())
     }
 
-    /// Keeps staged rows of the last [`Session::stage`] (a path of a tree).
+    /// Forgets what is staged and the logits, before other rows take their place.
+    pub(super) fn unstage(&mut self) {
+        self.logits_at = 0;
+        self.text.staged.clear();
+        self.text.shared_at = None;
+    }
+
+    /// Keeps staged rows of the last [`Session::stage`] (a path of a tree), in this order, with their features. Their tokens become
+    /// the text's, behind those that are committed: the first of them may be pending there already.
+    ///
+    /// # Errors
+    /// Rows that are not staged or do not ascend strictly; tokens other than the pending ones.
     pub fn commit(&mut self, rows: &[u32]) -> Result<()> {
-        self.cache.commit(self.model.backend(), rows)
+        ensure!(
+            self.text.shared_at.is_none(),
+            Usage,
+            "the staged rows are those of a pass of several sessions, which commits them"
+        );
+        self.text.commit(&self.model, &self.ws, rows)
+    }
+
+    fn commit_all(&mut self) -> Result<()> {
+        self.commit(&Vec::from_iter(0..self.text.staged.len() as u32))
     }
 
     /// Negative log-likelihoods in nats of all tokens but the first, each given those before it: the sum over a window that
@@ -186,9 +259,51 @@ impl<B: Backend> Session<B> {
                 }
                 each(nll);
             }
-            self.cache.commit_first(rows)?;
+            self.commit_all()?;
         }
-        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+}
+
+/// What is known of a text and what is computed: tokens, cache, features.
+pub(super) struct Text<B: Backend> {
+    pub cache: KvCache<B>,
+    tokens: Vec<u32>,
+    /// Tokens of the staged rows.
+    pub staged: Vec<u32>,
+    /// Where they begin in the workspace of [`super::Together`]; `None`: they are in the session's own, at the beginning.
+    pub shared_at: Option<usize>,
+    /// For each tap `[capacity, hidden]`.
+    features: Vec<B::Buf<B::Acc>>,
+}
+
+impl<B: Backend> Text<B> {
+    fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.truncate(len);
+        self.staged.clear();
+        self.shared_at = None;
+    }
+
+    /// Keeps rows that were staged by the last pass of `ws`.
+    pub fn commit(&mut self, model: &Model<B>, ws: &Workspace<B>, rows: &[u32]) -> Result<()> {
+        let first = self.shared_at.unwrap_or(0);
+        let (be, d, at, staged) = (model.backend(), model.config().hidden, self.cache.len(), self.staged.len());
+        let kept: Option<Vec<u32>> = rows.iter().map(|&r| self.staged.get(r as usize).copied()).collect();
+        let Some(kept) = kept else { bail!(Shape, "cannot commit rows {rows:?} of {staged} staged ones") };
+        let pending = &self.tokens[at..];
+        let same = pending.iter().zip(&kept).all(|(a, b)| a == b);
+        ensure!(same, Usage, "cannot commit tokens {kept:?} where {pending:?} are pending");
+        let known = pending.len();
+        let index: Vec<u32> = rows.iter().map(|r| first as u32 + r).collect();
+        for (tap, to) in self.features.iter_mut().enumerate() {
+            let to = to.view_mut(at * d..(at + rows.len()) * d);
+            be.gather_rows(to, ws.features(tap, first + staged), &index, d)?;
+        }
+        self.cache.commit(be, rows)?;
+        self.tokens.extend(kept.iter().skip(known));
+        self.staged.clear();
+        self.shared_at = None;
         Ok(())
     }
 }

@@ -101,7 +101,7 @@ impl Rope {
     }
 
     /// For each position a row of `head_dim`: the cosines of its angles, then the sines.
-    pub(super) fn fill(&self, positions: impl Iterator<Item = usize>, head_dim: usize, table: &mut [f32]) {
+    pub(crate) fn fill(&self, positions: impl Iterator<Item = usize>, head_dim: usize, table: &mut [f32]) {
         let freq = self.inv_freq(head_dim);
         for (p, row) in positions.zip(table.chunks_exact_mut(head_dim)) {
             let (cos, sin) = row.split_at_mut(head_dim / 2);

@@ -26,10 +26,31 @@ pub struct Sequence<'a, B: Backend> {
     pub cache: &'a mut KvCache<B>,
     /// One token a row.
     pub tokens: &'a [u32],
-    /// Which staged rows a row sees.
+    /// Who sees whom among the staged rows: those of this pass and, where it extends, those before it.
     pub mask: Mask<'a>,
-    /// Which rows want logits.
+    /// Which rows of this pass want logits.
     pub want: Want<'a>,
+    /// Whether the rows stand behind those that are staged already; if not, they take their place.
+    pub extend: bool,
+}
+
+impl<'a, B: Backend> Sequence<'a, B> {
+    /// Rows behind the committed ones.
+    pub fn new(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
+        Self { cache, tokens, mask, want, extend: false }
+    }
+
+    /// Rows behind all that is staged: the next level of a tree, computed without those before it. `mask` covers all staged rows,
+    /// of which row i of this pass is number `cache.staged() + i`, and so do the rows that [`KvCache::commit`] takes afterwards.
+    /// The same tree staged in one pass gives the same bits.
+    pub fn extend(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
+        Self { cache, tokens, mask, want, extend: true }
+    }
+
+    /// Staged rows that the pass keeps.
+    fn staged(&self) -> usize {
+        if self.extend { self.cache.staged } else { 0 }
+    }
 }
 
 /// A place in the pass whose activations can be watched, to find where two implementations part.
@@ -72,14 +93,16 @@ impl<B: Backend> Model<B> {
         let mut segments: Vec<Segment<'_, B>> = seqs
             .iter_mut()
             .map(|s| {
-                s.cache.staged = s.tokens.len();
-                Segment { past: s.cache.len(), kv: &mut s.cache.kv, rows: s.tokens.len(), mask: s.mask }
+                let (past, staged, rows) = (s.cache.len(), s.staged(), s.tokens.len());
+                s.cache.staged = staged + rows;
+                Segment { kv: &mut s.cache.kv, past, staged, rows, mask: s.mask }
             })
             .collect();
 
         be.embed(ws.x.head_mut(n), &w.embed, &ws.tokens, cfg.embed_scale)?;
         self.show(&mut watch, Tap::Embedding, ws, n)?;
         for (i, l) in w.layers.iter().enumerate() {
+            self.keep(ws, i, rows)?;
             let local = cfg.is_local(i);
             let spec = AttnSpec {
                 heads: cfg.heads,
@@ -116,6 +139,7 @@ impl<B: Backend> Model<B> {
             }
             self.show(&mut watch, Tap::Layer(i), ws, n)?;
         }
+        self.keep(ws, w.layers.len(), rows)?;
         if logit_rows > 0 {
             let p = logit_rows * cfg.hidden;
             be.gather_rows(ws.picked.head_mut(p), ws.x.head(n), &ws.rows, cfg.hidden)?;
@@ -126,16 +150,25 @@ impl<B: Backend> Model<B> {
         Ok(logit_rows)
     }
 
+    /// Copies the residual stream to the taps at the input of layer `layer`.
+    fn keep(&self, ws: &mut Workspace<B>, layer: usize, rows: usize) -> Result<()> {
+        let d = self.cfg.hidden;
+        for (_, to) in ws.taps.iter_mut().filter(|t| t.0 == layer) {
+            self.be.gather_rows(to.head_mut(rows * d), ws.x.head(rows * d), &ws.every[..rows], d)?;
+        }
+        Ok(())
+    }
+
     /// Checks a pass against every limit and lists its tokens and its logit rows in the workspace.
     fn plan(&self, seqs: &[Sequence<'_, B>], ws: &mut Workspace<B>) -> Result<usize> {
         ws.rows.clear();
         ws.tokens.clear();
         for s in seqs {
             let (n, at) = (s.tokens.len(), ws.tokens.len() as u32);
-            let (len, capacity) = (s.cache.len(), s.cache.capacity());
-            ensure!(len + n <= capacity, Capacity, "{n} tokens behind {len} exceed the context of {capacity}");
+            let (before, staged, capacity) = (s.cache.len() + s.staged(), s.staged() + n, s.cache.capacity());
+            ensure!(before + n <= capacity, Capacity, "{n} tokens behind {before} exceed the context of {capacity}");
             if let Mask::Tree(t) = s.mask {
-                ensure!(t.len() == n, Shape, "a tree of {} rows for {n} tokens", t.len());
+                ensure!(t.len() == staged, Shape, "a tree of {} rows for {staged} staged tokens", t.len());
             }
             ws.tokens.extend_from_slice(s.tokens);
             match s.want {
@@ -162,7 +195,8 @@ impl<B: Backend> Model<B> {
         let d = self.cfg.head_dim;
         for (rope, buf) in ropes.into_iter().zip(&mut ws.rope) {
             let Some(rope) = rope else { continue };
-            let positions = seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.mask.position(s.cache.len(), i)));
+            let positions =
+                seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.mask.position(s.cache.len(), s.staged() + i)));
             rope.fill(positions, d, &mut ws.table);
             self.be.upload_acc(buf.head_mut(rows * d), &ws.table[..rows * d])?;
         }

@@ -1,13 +1,14 @@
 //! Training of a model's own weights: masters in full precision beside the matrices that products read.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::lora::Param;
 use super::roles::{LayerRole, Role, TensorSource};
 use super::weights::Model;
 use crate::backend::{Backend, Buffer, Linear, Out, Train};
 use crate::dtype::DType;
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, ensure};
 use crate::tensor::HostTensor;
 
 /// Masters of a model's tensors, by role, each with its gradient.
@@ -40,7 +41,7 @@ impl<B: Train> Model<B> {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_trainable(
-        be: std::sync::Arc<B>,
+        be: Arc<B>,
         source: &dyn TensorSource,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<(Self, Full<B>)> {
@@ -65,7 +66,11 @@ impl<B: Train> Model<B> {
     }
 
     /// Brings the masters' values into the matrices that products read.
+    ///
+    /// # Errors
+    /// The device's; weights that another model shares ([`Model::of_layers`]).
     pub fn refresh(&mut self, full: &Full<B>) -> Result<()> {
+        ensure!(!self.weights.shared(), Unsupported, "weights that another model shares cannot be trained");
         for (role, p) in full.params() {
             let be = self.be.clone();
             match self.place(role) {
@@ -84,12 +89,12 @@ impl<B: Train> Model<B> {
         }
         let w = &mut self.weights;
         let (i, role) = match role {
-            Role::Embed => return Some(Place::Matrix(&mut w.embed)),
-            Role::Head => return w.head.as_mut().map(Place::Matrix),
-            Role::FinalNorm => return Some(Place::Vector(&mut w.final_norm)),
+            Role::Embed => return Arc::get_mut(&mut w.embed).map(Place::Matrix),
+            Role::Head => return w.head.as_mut().and_then(Arc::get_mut).map(Place::Matrix),
+            Role::FinalNorm => return Arc::get_mut(&mut w.final_norm).map(Place::Vector),
             Role::Layer(i, role) => (i, role),
         };
-        let l = &mut w.layers[i];
+        let l = Arc::get_mut(&mut w.layers[i])?;
         match role {
             AttnNorm => Some(Place::Vector(&mut l.attn_norm)),
             MlpNorm => Some(Place::Vector(&mut l.mlp_norm)),

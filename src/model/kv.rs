@@ -1,7 +1,7 @@
 //! The cache of keys and values of one sequence: a committed prefix and a staged tail.
 //!
-//! One contract serves every decoder. Autoregressive decoding stages a token and commits it; speculation stages a tree and
-//! commits a path; diffusion stages a block and commits none, a few or all of it. A forward pass never changes the
+//! One contract serves every decoder. Autoregressive decoding stages a token and commits it; speculation stages a tree, at once
+//! or level by level, and commits a path; diffusion stages a block and commits none, a few or all of it. A forward pass never changes the
 //! committed part, so a step can be abandoned for free.
 
 use super::config::ModelConfig;
@@ -35,7 +35,7 @@ impl<B: Backend> KvCache<B> {
         self.len == 0
     }
 
-    /// Rows the last forward pass wrote, not yet kept.
+    /// Rows the last forward pass wrote, and those before it that it [extended](super::Sequence::extend), not yet kept.
     pub fn staged(&self) -> usize {
         self.staged
     }
@@ -76,7 +76,7 @@ impl<B: Backend> KvCache<B> {
         let n = caches.len();
         let mut segments: Vec<Segment<'_, B>> = caches
             .iter_mut()
-            .map(|c| Segment { past: c.len, rows: c.staged, kv: &mut c.kv, mask: Mask::Causal })
+            .map(|c| Segment { past: c.len, staged: 0, rows: c.staged, kv: &mut c.kv, mask: Mask::Causal })
             .collect();
         be.kv_commit_batch(&mut segments, path.head(n * stride), counts.head(n), stride)?;
         let mut kept = vec![0; n];

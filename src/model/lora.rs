@@ -63,7 +63,7 @@ impl<B: Backend> Param<B> {
         Ok(v)
     }
 
-    pub(super) fn grad(&mut self) -> Option<Out<'_, B, B::Acc>> {
+    pub(crate) fn grad(&mut self) -> Option<Out<'_, B, B::Acc>> {
         let n = self.len();
         self.g.as_mut().map(|g| g.head_mut(n))
     }

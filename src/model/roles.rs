@@ -132,6 +132,24 @@ impl Role {
     }
 }
 
+/// Tensors by name with the settings beside them: what is no decoder by itself, such as a head that drafts for one.
+pub trait NamedTensors {
+    /// Of all tensors.
+    fn names(&self) -> Vec<&str>;
+    /// Dimensions of a tensor, row-major; `None` if there is none of this name.
+    fn shape(&self, name: &str) -> Option<&[usize]>;
+    /// A vector (as `[1, n]`) or a matrix.
+    fn tensor(&self, name: &str) -> Result<HostTensor>;
+    /// The elements of a tensor of integers or truth values.
+    fn integers(&self, name: &str) -> Result<Vec<i64>>;
+    /// The decoder layer that the settings describe, of however many layers.
+    fn layer(&self) -> Result<ModelConfig>;
+    /// A setting that is a size or a list of them. Dots lead into objects.
+    fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>>;
+    /// A setting that is true or false; false if it is not there.
+    fn flag(&self, key: &str) -> Result<bool>;
+}
+
 /// Where weights come from: a checkpoint on disk, or a test.
 pub trait TensorSource {
     /// The model's configuration, validated.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::roles::{LayerRole, Role, TensorSource};
 use crate::backend::{Backend, Buffer, Linear, WeightInfo};
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, ensure};
 
 /// Weights of one layer. Optional parts are there exactly if the config says so.
 pub struct LayerWeights<B: Backend> {
@@ -22,13 +22,20 @@ pub struct LayerWeights<B: Backend> {
     pub(super) down: B::Weight,
 }
 
-/// All weights of a decoder.
+/// All weights of a decoder. Models that are made of one another's layers share them.
 pub struct Weights<B: Backend> {
-    pub(super) embed: B::Weight,
-    pub(super) layers: Vec<LayerWeights<B>>,
-    pub(super) final_norm: B::Buf<B::Acc>,
+    pub(super) embed: Arc<B::Weight>,
+    pub(super) layers: Vec<Arc<LayerWeights<B>>>,
+    pub(super) final_norm: Arc<B::Buf<B::Acc>>,
     /// `None`: the embedding.
-    pub(super) head: Option<B::Weight>,
+    pub(super) head: Option<Arc<B::Weight>>,
+}
+
+impl<B: Backend> Weights<B> {
+    /// Whether another model has some of them too.
+    pub(super) fn shared(&self) -> bool {
+        Arc::strong_count(&self.embed) > 1 || self.layers.iter().any(|l| Arc::strong_count(l) > 1)
+    }
 }
 
 /// A decoder on a device: what sessions share.
@@ -65,7 +72,7 @@ impl<B: Backend> Model<B> {
             be.upload_acc(b.head_mut(v.len()), &v)?;
             Ok(b)
         };
-        let embed = matrix(Role::Embed)?;
+        let embed = Arc::new(matrix(Role::Embed)?);
         let mut layers = Vec::with_capacity(cfg.layers);
         for i in 0..cfg.layers {
             use LayerRole::*;
@@ -75,7 +82,7 @@ impl<B: Backend> Model<B> {
                 let bias = cfg.qkv_bias.then(|| vector(at(b))).transpose()?;
                 Ok(Linear { w: matrix(at(w))?, bias })
             };
-            layers.push(LayerWeights {
+            layers.push(Arc::new(LayerWeights {
                 attn_norm: vector(at(AttnNorm))?,
                 q: linear(Q, QBias)?,
                 k: linear(K, KBias)?,
@@ -87,12 +94,32 @@ impl<B: Backend> Model<B> {
                 gate: matrix(at(Gate))?,
                 up: matrix(at(Up))?,
                 down: matrix(at(Down))?,
-            });
+            }));
         }
-        let final_norm = vector(Role::FinalNorm)?;
-        let head = (!cfg.tied).then(|| matrix(Role::Head)).transpose()?;
+        let final_norm = Arc::new(vector(Role::FinalNorm)?);
+        let head = (!cfg.tied).then(|| matrix(Role::Head).map(Arc::new)).transpose()?;
         be.weights_done();
         Ok(Self { be, weights: Weights { embed, layers, final_norm, head }, cfg })
+    }
+
+    /// The model without its other layers: these, in this order, between the same embedding and head. It shares the weights, and
+    /// its caches are its own. A draft made of the target's own layers (self-speculation, Zhang et al. 2024, arXiv:2309.08168).
+    ///
+    /// # Errors
+    /// No layers, or one that there is not.
+    pub fn of_layers(&self, layers: &[usize]) -> Result<Self> {
+        let known = layers.iter().all(|&i| i < self.cfg.layers);
+        ensure!(known && !layers.is_empty(), Usage, "layers {layers:?} of a model of {}", self.cfg.layers);
+        let w = &self.weights;
+        let weights = Weights {
+            embed: w.embed.clone(),
+            layers: layers.iter().map(|&i| w.layers[i].clone()).collect(),
+            final_norm: w.final_norm.clone(),
+            head: w.head.clone(),
+        };
+        let local_layers = layers.iter().map(|&i| self.cfg.is_local(i)).collect();
+        let cfg = ModelConfig { layers: layers.len(), local_layers, ..self.cfg.clone() };
+        Ok(Self { be: self.be.clone(), weights, cfg })
     }
 
     /// The configuration.
@@ -100,8 +127,28 @@ impl<B: Backend> Model<B> {
         &self.cfg
     }
 
+    /// The table of embeddings, and the factor on its rows.
+    pub fn embedding(&self) -> (&B::Weight, f32) {
+        (&self.weights.embed, self.cfg.embed_scale)
+    }
+
     /// The device.
     pub fn backend(&self) -> &B {
+        &self.be
+    }
+
+    /// The vocabulary matrix, `[vocab, hidden]`; of a tied model the embedding.
+    pub fn vocabulary(&self) -> &B::Weight {
+        self.weights.head.as_ref().unwrap_or(&self.weights.embed)
+    }
+
+    /// Weight of the norm before the vocabulary matrix.
+    pub fn final_norm(&self) -> &B::Buf<B::Acc> {
+        &self.weights.final_norm
+    }
+
+    /// The device, to load another model onto.
+    pub fn device(&self) -> &Arc<B> {
         &self.be
     }
 
@@ -121,7 +168,7 @@ impl<B: Backend> Model<B> {
         w.layers
             .iter()
             .flat_map(|l| [&l.q.w, &l.k.w, &l.v.w, &l.o, &l.gate, &l.up, &l.down])
-            .chain(std::iter::once(&w.embed))
-            .chain(&w.head)
+            .chain(std::iter::once(&*w.embed))
+            .chain(w.head.as_deref())
     }
 }

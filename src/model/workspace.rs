@@ -1,7 +1,7 @@
 //! Buffers of a forward pass, planned once: no allocation happens in a step.
 
 use super::config::ModelConfig;
-use crate::backend::{Backend, Buffer, In};
+use crate::backend::{Backend, Buffer, In, Out};
 use crate::error::{Result, ensure};
 
 /// Activations of up to `max_rows` rows. On the CPU, pages are touched only by passes that need them.
@@ -28,6 +28,10 @@ pub struct Workspace<B: Backend> {
     /// Rows that want logits, `[max_logits, hidden]`.
     pub(super) picked: B::Buf<B::Acc>,
     pub(super) logits: B::Buf<B::Acc>,
+    /// Residual streams that are kept, `[rows, hidden]` each, with the layer at whose input they stand.
+    pub(super) taps: Vec<(usize, B::Buf<B::Acc>)>,
+    /// 0, 1, ...: what a tap gathers.
+    pub(super) every: Vec<u32>,
     pub(super) table: Vec<f32>,
     pub(super) rows: Vec<u32>,
     pub(super) tokens: Vec<u32>,
@@ -38,6 +42,17 @@ pub struct Workspace<B: Backend> {
 impl<B: Backend> Workspace<B> {
     /// Plans passes of up to `max_rows` rows, of which up to `max_logits` want logits.
     pub fn new(be: &B, cfg: &ModelConfig, max_rows: usize, max_logits: usize) -> Result<Self> {
+        Self::with_taps(be, cfg, max_rows, max_logits, &[])
+    }
+
+    /// A workspace that keeps the residual stream of every row of the last pass at the input of each layer in `taps`: 0 is the
+    /// embedding, the number of layers what the last of them gives, before the final norm.
+    ///
+    /// # Errors
+    /// As [`Workspace::new`]; a tap behind the last layer.
+    pub fn with_taps(be: &B, cfg: &ModelConfig, max_rows: usize, max_logits: usize, taps: &[usize]) -> Result<Self> {
+        let beyond = taps.iter().find(|&&at| at > cfg.layers);
+        ensure!(beyond.is_none(), Usage, "tap {} of {} layers", beyond.copied().unwrap_or(0), cfg.layers);
         ensure!(max_rows > 0 && max_logits > 0, Capacity, "a workspace of no rows");
         let acc = |n: usize| be.alloc::<B::Acc>(n);
         let act = |n: usize| be.alloc::<B::Act>(n);
@@ -57,6 +72,8 @@ impl<B: Backend> Workspace<B> {
             rope: [acc(r * cfg.head_dim)?, acc(local * cfg.head_dim)?],
             picked: acc(max_logits * h)?,
             logits: acc(max_logits * cfg.vocab)?,
+            taps: taps.iter().map(|&at| Ok((at, acc(r * h)?))).collect::<Result<_>>()?,
+            every: (0..if taps.is_empty() { 0 } else { r as u32 }).collect(),
             table: vec![0.0; r * cfg.head_dim],
             rows: Vec::with_capacity(r),
             tokens: Vec::with_capacity(r),
@@ -85,9 +102,24 @@ impl<B: Backend> Workspace<B> {
         be.download_acc(self.x.head(1), &mut [0.0])
     }
 
+    /// The first `rows` logit rows of the last pass, to change them.
+    pub fn logit_rows_mut(&mut self, rows: usize) -> Out<'_, B, B::Acc> {
+        self.logits.head_mut(rows * self.vocab)
+    }
+
     /// The first `rows` logit rows of the last pass, where they are: for what samples and verifies on the device.
     pub fn logit_rows(&self, rows: usize) -> In<'_, B, B::Acc> {
         self.logits.head(rows * self.vocab)
+    }
+
+    /// The layers at whose inputs the residual stream is kept.
+    pub fn taps(&self) -> impl Iterator<Item = usize> {
+        self.taps.iter().map(|t| t.0)
+    }
+
+    /// The residual stream at tap number `tap`, `[rows, hidden]`, of the first `rows` rows of the last pass.
+    pub fn features(&self, tap: usize, rows: usize) -> In<'_, B, B::Acc> {
+        self.taps[tap].1.head(rows * self.hidden)
     }
 
     /// Copies row `i` of the residual stream behind the last layer, before the final norm; `out` has `hidden` entries.
