@@ -8,7 +8,6 @@ use std::path::Path;
 
 use half::f16;
 use quadriga::Result;
-use quadriga::dtype::DType;
 use quadriga::engine::{Device, EngineOptions, TrainRun};
 use quadriga::files::{TensorBytes, read_f32, write_file, write_folder, write_tensors};
 use quadriga::rng::Rng;
@@ -157,7 +156,7 @@ fn halve(from: &Path, to: &Path) -> Result<()> {
             .iter()
             .map(|(n, s, v)| TensorBytes {
                 name: n.clone(),
-                dtype: DType::F16,
+                dtype: safetensors::Dtype::F16,
                 shape: s.clone(),
                 bytes: bytemuck::cast_slice(v),
             })

@@ -36,15 +36,19 @@ pub fn read_folder(folder: &Path) -> Result<ModelConfig> {
 
 /// Parses the text of a `config.json`.
 pub fn parse(text: &str) -> Result<ModelConfig> {
-    let top = object(text)?;
-    let mut fields = Fields(&top);
+    parse_object(&object(text)?)
+}
+
+/// The same of an object.
+pub(super) fn parse_object(top: &Map<String, Value>) -> Result<ModelConfig> {
+    let mut fields = Fields(top);
     // The text part of a model that also sees.
     let inner = top.get("text_config").and_then(Value::as_object);
     if let (Some("gemma3"), Some(inner)) = (fields.str("model_type")?, inner) {
         fields = Fields(inner);
     }
     model_config(fields).and_then(|mut c| {
-        let outer = Fields(&top).tokens("eos_token_id")?;
+        let outer = Fields(top).tokens("eos_token_id")?;
         if !outer.is_empty() {
             c.eos = outer;
         }
@@ -52,7 +56,7 @@ pub fn parse(text: &str) -> Result<ModelConfig> {
     })
 }
 
-fn object(text: &str) -> Result<Map<String, Value>> {
+pub(super) fn object(text: &str) -> Result<Map<String, Value>> {
     serde_json::from_str(text).map_err(|e| Error::with_source(ErrorKind::Config, "not a JSON object", e))
 }
 

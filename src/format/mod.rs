@@ -15,6 +15,7 @@ use crate::dtype::DType;
 mod bpe;
 pub mod chat_template;
 pub mod checkpoint;
+pub mod draft_head;
 pub mod gguf;
 pub mod gguf_config;
 pub mod hf_config;
@@ -29,6 +30,7 @@ pub mod write_model;
 
 pub use chat_template::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
+pub use draft_head::DraftHead;
 pub use tokenizer::{Decoder, Tokenizer};
 
 /// The element type a file declares for a tensor.

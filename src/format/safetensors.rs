@@ -81,6 +81,11 @@ impl Shards {
         self.tensors.iter().map(|(_, t)| t)
     }
 
+    /// The entry of tensor `name`.
+    pub fn entry(&self, name: &str) -> Option<&TensorEntry> {
+        self.by_name.get(name).map(|&i| &self.tensors[i].1)
+    }
+
     /// The entry and the stored bytes of tensor `name`.
     pub fn tensor(&self, name: &str) -> Option<(&TensorEntry, Bytes)> {
         let (file, entry) = &self.tensors[*self.by_name.get(name)?];
