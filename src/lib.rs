@@ -19,6 +19,7 @@ pub mod format;
 pub mod model;
 pub mod perf;
 pub mod rng;
+pub mod speculative;
 pub mod tensor;
 pub mod train;
 

@@ -77,9 +77,8 @@ pub fn pack(lens: &[usize], order: &[usize], limits: Packing) -> Vec<Vec<usize>>
     batches.into_iter().map(|b| b.1).collect()
 }
 
-/// The endless sequence of batches of a run: epoch after epoch, each in an order of its own.
-pub struct Batches<'a> {
-    examples: &'a [Example],
+/// The endless order of sequences in a run: epoch after epoch, each packed in an order of its own.
+pub struct Order {
     lens: Vec<usize>,
     limits: Packing,
     seed: Option<u64>,
@@ -87,14 +86,13 @@ pub struct Batches<'a> {
     plan: Vec<Vec<usize>>,
 }
 
-impl<'a> Batches<'a> {
-    /// Batches of `examples` from `cursor` on. Without a seed every epoch is in the order of the examples.
+impl Order {
+    /// Of sequences of these lengths, from `cursor` on. Without a seed every epoch is in the order given.
     ///
     /// # Errors
-    /// `Usage` where there are no examples, one does not fit into a batch, or the epoch has no such batch: the data or the
+    /// `Usage` where there are no sequences, one does not fit into a batch, or the epoch has no such batch: the data or the
     /// limits are not those that the cursor comes from.
-    pub fn new(examples: &'a [Example], limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
-        let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
+    pub fn new(lens: Vec<usize>, limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
         let longest = lens.iter().max().copied().unwrap_or(0);
         ensure!(longest > 0 && limits.sequences > 0, Usage, "there is nothing to make a batch of");
         ensure!(
@@ -103,16 +101,16 @@ impl<'a> Batches<'a> {
             "an example has {longest} tokens, a batch holds {}: raise --batch-tokens or lower --max-length",
             limits.rows
         );
-        let mut batches = Self { examples, lens, limits, seed, cursor, plan: Vec::new() };
-        batches.plan = batches.plan_epoch();
-        let n = batches.plan.len();
+        let mut order = Self { lens, limits, seed, cursor, plan: Vec::new() };
+        order.plan = order.plan_epoch();
+        let n = order.plan.len();
         ensure!(
             cursor.position < n as u64,
             Usage,
             "the run stopped at batch {} of an epoch that has {n}: not the same data or batch size",
             cursor.position
         );
-        Ok(batches)
+        Ok(order)
     }
 
     /// The place of the next batch.
@@ -126,7 +124,7 @@ impl<'a> Batches<'a> {
     }
 
     fn plan_epoch(&self) -> Vec<Vec<usize>> {
-        let mut order: Vec<usize> = (0..self.examples.len()).collect();
+        let mut order: Vec<usize> = (0..self.lens.len()).collect();
         if let Some(seed) = self.seed {
             let mut rng = Rng::stream(seed, SHUFFLE.wrapping_add(self.cursor.epoch));
             for i in (1..order.len()).rev() {
@@ -137,17 +135,54 @@ impl<'a> Batches<'a> {
     }
 }
 
-impl Iterator for Batches<'_> {
-    type Item = Batch;
+impl Iterator for Order {
+    type Item = Vec<usize>;
 
-    /// Never `None`.
-    fn next(&mut self) -> Option<Batch> {
-        let batch = Batch::new(self.plan[self.cursor.position as usize].iter().map(|&i| &self.examples[i]));
+    /// Which sequences the next batch has. Never `None`.
+    fn next(&mut self) -> Option<Vec<usize>> {
+        let batch = std::mem::take(&mut self.plan[self.cursor.position as usize]);
         self.cursor.position += 1;
         if self.cursor.position == self.plan.len() as u64 {
             self.cursor = Cursor { epoch: self.cursor.epoch + 1, position: 0 };
             self.plan = self.plan_epoch();
         }
         Some(batch)
+    }
+}
+
+/// The endless sequence of batches of a run.
+pub struct Batches<'a> {
+    examples: &'a [Example],
+    order: Order,
+}
+
+impl<'a> Batches<'a> {
+    /// Batches of `examples` from `cursor` on, in the [`Order`] of a seed.
+    ///
+    /// # Errors
+    /// As [`Order::new`].
+    pub fn new(examples: &'a [Example], limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
+        let lens = examples.iter().map(|e| e.tokens.len()).collect();
+        Ok(Self { examples, order: Order::new(lens, limits, seed, cursor)? })
+    }
+
+    /// The place of the next batch.
+    pub fn cursor(&self) -> Cursor {
+        self.order.cursor
+    }
+
+    /// Batches of the current epoch.
+    pub fn in_epoch(&self) -> usize {
+        self.order.in_epoch()
+    }
+}
+
+impl Iterator for Batches<'_> {
+    type Item = Batch;
+
+    /// Never `None`.
+    fn next(&mut self) -> Option<Batch> {
+        let batch = self.order.next()?;
+        Some(Batch::new(batch.into_iter().map(|i| &self.examples[i])))
     }
 }

@@ -10,7 +10,7 @@ mod tokens;
 
 use std::path::Path;
 
-pub use batches::{Batch, Batches, Cursor, Packing, pack};
+pub use batches::{Batch, Batches, Cursor, Order, Packing, pack};
 pub use files::{for_each_line, is_lines, read_all};
 pub use record::{Content, Record, Turn};
 pub use tokens::{Encode, example};
