@@ -39,7 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("format", &["model::config", "model::roles", "files", "tensor", "dtype"]),
     ("decode", &["model", "backend", "tensor", "dtype", "rng"]),
     ("train", &["decode", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
-    ("speculative", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
+    ("speculative", &["decode", "train", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
     ("diffusion", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("continual", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("rlhf", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
@@ -61,7 +61,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "tensor",
         ],
     ),
-    ("cli", &["engine", "train", "bench", "format", "decode", "model", "backend", "dtype", "tensor", "rng", "perf"]),
+    (
+        "cli",
+        &[
+            "engine", "train", "bench", "format", "decode", "model", "backend", "files", "dtype", "tensor", "rng",
+            "perf",
+        ],
+    ),
 ];
 
 /// Files in which `unsafe` may stand: kernels behind `#[target_feature]`, and the few owners of raw memory.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use quadriga::backend::cpu::Compute;
 use quadriga::cli::fetch::Store;
-use quadriga::engine::{Device, Engine, EngineOptions, Generate, Message, TrainRun};
+use quadriga::decode::Sampler;
+use quadriga::engine::{Device, Draft, Engine, EngineOptions, Generate, Message, Speculation, TrainRun};
 use quadriga::format::Checkpoint;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -208,4 +209,45 @@ fn smollm2_learns_from_text() {
     session.push_text("The capital of France is").unwrap();
     let text: String = session.generate(Generate::default().max_tokens(4)).unwrap().map(|p| p.unwrap().text).collect();
     assert!(text.contains("Paris"), "{text}");
+}
+
+/// Greedy and sampled; every text must be the same with the draft that comes with quadriga, with lookup, and without any.
+#[test]
+fn the_shipped_draft_changes_no_text() {
+    let Some(path) = model(SMOLLM2) else { return };
+    let engine = Engine::open(path).unwrap();
+    let head = engine.shipped_draft().expect("SmolLM2 has a draft").unwrap();
+    let warm = Sampler { temperature: 0.8, top_k: 40, top_p: 0.95, repeat_penalty: 1.1, ..Sampler::greedy() };
+    let prompts = [
+        "Write a short email that asks a neighbour to lend a ladder.",
+        "Tom has 12 apples and gives a third of them to Ann. How many does he keep?",
+        "Write a Python function that returns the largest of three numbers.",
+        "Translate to French: The train to the sea leaves at nine.",
+    ];
+    let say = |prompt: &str, how: Generate, draft: Option<&Draft>| {
+        let mut s = match draft {
+            Some(draft) => engine.session_for(draft, 512, 5).unwrap(),
+            None => engine.session(512, 5).unwrap(),
+        };
+        s.push_chat(&[Message::new("user", prompt)]).unwrap();
+        let ids: Vec<u32> = s.generate(how.max_tokens(96)).unwrap().filter_map(|p| p.unwrap().id).collect();
+        (ids, s.stats())
+    };
+    let both = engine.with_lookup(&head).unwrap();
+    for sampler in [Sampler::greedy(), warm] {
+        let (mut passes, mut tokens) = (0, 0);
+        for prompt in prompts {
+            let (plain, _) = say(prompt, Generate::default().sampler(sampler), None);
+            for draft in [&head, &both] {
+                let how = Speculation::default().nodes(7).depth(5).width(3);
+                let (ids, stats) = say(prompt, Generate::default().speculative(sampler, draft, how), Some(draft));
+                assert_eq!(ids, plain, "{prompt:?} with {}", draft.name());
+                passes += stats.verifications;
+                tokens += stats.verified;
+            }
+        }
+        let length = tokens as f64 / passes as f64;
+        eprintln!("accept length at temperature {}: {length:.3}", sampler.temperature);
+        assert!(sampler != Sampler::greedy() || length > 1.5, "accept length {length}");
+    }
 }

@@ -5,23 +5,27 @@ use std::io::{BufRead, IsTerminal, Write};
 use serde_json::json;
 
 use super::flags::{ChatArgs, Common};
-use super::{generate, out};
+use super::{drafting, generate, out};
 use crate::engine::Message;
 use crate::error::{Error, Result, bail};
 
 pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
-    let how = generate::how(&args.sampling)?;
+    let (how, sampler) = (generate::how(&args.sampling)?, args.sampling.sampler()?);
     let engine = common.engine()?;
+    let draft = args.draft.open(&engine)?;
+    let how = args.draft.apply(how, sampler, draft.as_ref());
+    let costs = draft.as_ref().map(|d| drafting::Costs::restore(common, &engine, d)).transpose()?;
     let Some(template) = engine.chat_template()? else {
         bail!(Tokenizer, "this model has no chat template; use generate --raw");
     };
     let context = args.sampling.context.unwrap_or_else(|| engine.config().context.min(4096));
-    let mut session = engine.session(context, common.seed)?;
+    let mut session = drafting::session(&engine, draft.as_ref(), context, common.seed)?;
     let mut turns: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
     let ask = std::io::stdin().is_terminal() && !common.json;
     if ask {
         eprintln!("{} on {}; an empty line or ctrl-d ends.", common.model, engine.device());
     }
+    let colours = drafting::Colours::new(common, draft.as_ref());
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if ask {
@@ -41,11 +45,11 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
         session.push_ids(&ids[same..])?;
         let mut answer = String::new();
         for piece in session.generate(how.clone())? {
-            let piece = piece?.text;
+            let piece = piece?;
             if !common.json {
-                out::print(&piece)?;
+                out::print(&colours.paint(&piece))?;
             }
-            answer += &piece;
+            answer += &piece.text;
         }
         if common.json {
             out::print_json(&json!({ "role": "assistant", "content": answer }))?;
@@ -53,6 +57,7 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
             out::print("\n")?;
         }
         turns.push(Message::new("assistant", answer));
+        costs.iter().zip(&draft).for_each(|(c, d)| c.keep(d));
     }
     Ok(())
 }

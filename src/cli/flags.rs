@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::drafting::DraftArgs;
 use super::fetch;
 use super::out::load_bar;
+use super::train_draft::TrainDraftArgs;
 use crate::backend::cpu::{Compute, Tier};
 use crate::decode::Sampler;
 use crate::dtype::DType;
@@ -103,6 +105,9 @@ pub(super) enum Command {
 pub(super) enum Eval {
     /// Perplexity of a text file.
     Ppl(PplArgs),
+    /// What a draft gains: accept length and speed beside plain decoding, by category of prompts. Exit status 1 if any text
+    /// differs.
+    Accept(Box<AcceptArgs>),
     /// Share of tasks in which the right label is the likeliest, or the answer is the right one.
     Accuracy(AccuracyArgs),
 }
@@ -113,6 +118,9 @@ pub(super) enum Train {
     Lora(LoraArgs),
     /// All weights of a Hugging Face folder; result: OUT/model, such a folder.
     Full(TrainArgs),
+    /// An EAGLE-3 draft head: the model answers prompts, the head learns from what it said; result: OUT/draft, in the published
+    /// layout.
+    Draft(TrainDraftArgs),
 }
 
 #[derive(Subcommand)]
@@ -212,9 +220,8 @@ pub(super) struct GenerateArgs {
     pub system: Option<String>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// ar: one pass, one token.
-    #[arg(long, value_enum, default_value = "ar")]
-    pub decoder: DecoderFlag,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// With --json: the K best logits of every position.
     #[arg(long, default_value_t = 0)]
     pub top_logits: usize,
@@ -224,9 +231,31 @@ pub(super) struct GenerateArgs {
 pub(super) struct ChatArgs {
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// System message.
     #[arg(long)]
     pub system: Option<String>,
+}
+
+#[derive(Args)]
+pub(super) struct AcceptArgs {
+    /// .jsonl or .jsonl.gz files of prompts: rows with prompt, question or turns (the first is asked), and perhaps a category.
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+    /// At most so many prompts of each file, evenly from all of it; 0: all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Prompts as they are, not in the model's chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// With --json: the tokens of every text.
+    #[arg(long)]
+    pub rows: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
 }
 
 #[derive(Args)]

@@ -4,24 +4,24 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
-use super::out;
+use super::flags::{Common, GenerateArgs, SamplingArgs};
+use super::{drafting, out};
 use crate::backend::cpu::{Tier, logits::top_k};
-use crate::engine::{Engine, Generate, Message, Session};
+use crate::engine::{Draft, Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
 
 pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
-    if args.decoder != DecoderFlag::Ar {
-        bail!(Unsupported, "--decoder spec and diffusion are not built yet; use --decoder ar");
-    }
-    let how = how(&args.sampling)?;
+    let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);
     let prompt = prompt_text(args)?;
     let engine = common.engine()?;
+    let draft = args.draft.open(&engine)?;
+    let how = args.draft.apply(how, sampler, draft.as_ref());
+    let costs = draft.as_ref().map(|d| drafting::Costs::restore(common, &engine, d)).transpose()?;
     let ids = prompt_ids(&engine, args, prompt)?;
     if ids.is_empty() {
         bail!(Usage, "the prompt is empty: there is nothing to continue");
     }
-    let mut session = session(&engine, &args.sampling, ids.len(), common.seed)?;
+    let mut session = session(&engine, draft.as_ref(), &args.sampling, ids.len(), common.seed)?;
     session.push_ids(&ids)?;
 
     let start = Instant::now();
@@ -33,8 +33,9 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         top.push(best(&mut session)?);
     }
     let (mut text, mut out_ids) = (String::new(), Vec::new());
-    let start = Instant::now();
+    let colours = drafting::Colours::new(common, draft.as_ref());
     let mut running = session.generate(how)?;
+    let start = Instant::now();
     while let Some(piece) = running.next() {
         let piece = piece?;
         if let Some(id) = piece.id {
@@ -44,11 +45,12 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
             }
         }
         if !common.json {
-            out::print(&piece.text)?;
+            out::print(&colours.paint(&piece))?;
         }
         text += &piece.text;
     }
     let decode_s = start.elapsed().as_secs_f64();
+    costs.iter().zip(&draft).for_each(|(c, d)| c.keep(d));
     let finish = running.finish().map_or("length", |f| f.name());
     let stats = session.stats();
     // The first token falls out of the prefill: only the others cost a pass here.
@@ -69,9 +71,11 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
                 "tokens_per_s": out::round(tokens_per_s, 2),
                 "forwards": stats.forwards,
                 "tokens_per_forward": out::round(stats.tokens_per_forward(), 4),
-                "accept_length": out::round(stats.tokens_per_forward(), 4),
-                "draft_s": stats.draft_s,
-                "verify_s": stats.verify_s,
+                "accept_length": out::round(stats.accept_length(), 4),
+                "drafted": stats.drafted,
+                "draft_s": out::round(stats.draft_s, 6),
+                "verify_s": out::round(stats.verify_s, 6),
+                "commit_s": out::round(stats.commit_s, 6),
                 "update_s": stats.update_s,
                 "peak_rss_mb": out::peak_rss_mb().map(|m| out::round(m, 1)),
             },
@@ -87,6 +91,19 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         tokens_per_s,
         engine.device(),
     );
+    if stats.verifications > 0 {
+        let share = |s: f64| 100.0 * s / decode_s.max(1e-9);
+        eprintln!(
+            "[draft {}: accept length {:.2}, {:.2} tokens a forward, {:.2} drafted; draft {:.0} %, verify {:.0} %, commit {:.0} % of the time]",
+            draft.as_ref().map_or("", |d| d.name()),
+            stats.accept_length(),
+            stats.tokens_per_forward(),
+            stats.drafted as f64 / stats.verifications as f64,
+            share(stats.draft_s),
+            share(stats.verify_s),
+            share(stats.commit_s),
+        );
+    }
     Ok(())
 }
 
@@ -100,13 +117,19 @@ pub(super) fn how(a: &SamplingArgs) -> Result<Generate> {
 }
 
 /// A session with room for the prompt and its continuation, or as `--context` says.
-pub(super) fn session(engine: &Engine, a: &SamplingArgs, prompt: usize, seed: u64) -> Result<Session> {
+pub(super) fn session(
+    engine: &Engine,
+    draft: Option<&Draft>,
+    a: &SamplingArgs,
+    prompt: usize,
+    seed: u64,
+) -> Result<Session> {
     let most = engine.config().context;
     let room = a.context.unwrap_or_else(|| prompt.saturating_add(a.max_tokens).clamp(1, most));
     if prompt > room {
         bail!(Capacity, "the prompt has {prompt} tokens, the context holds {room}");
     }
-    engine.session(room, seed)
+    drafting::session(engine, draft, room, seed)
 }
 
 fn prompt_text(args: &GenerateArgs) -> Result<Option<String>> {

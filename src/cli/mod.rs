@@ -1,10 +1,12 @@
 //! The command line: verbs, flags, exit codes. Text goes to stdout, everything about it to stderr.
 
+mod accept;
 mod accuracy;
 mod bench_decode;
 mod bench_kernels;
 mod bench_train;
 mod chat;
+mod drafting;
 mod eval;
 pub mod fetch;
 mod fetch_verb;
@@ -14,6 +16,8 @@ mod inspect;
 mod out;
 pub mod registry;
 mod train;
+mod train_draft;
+mod train_head;
 
 use std::process::ExitCode;
 
@@ -58,11 +62,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Inspect(a) => inspect::run(common, a),
         Command::Generate(a) => generate::run(common, a),
         Command::Chat(a) => chat::run(common, a),
+        Command::Eval(Eval::Accept(a)) => return accept::run(common, a),
         Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
         Command::Eval(Eval::Accuracy(a)) => accuracy::run(common, a),
         Command::Train(t) => match &**t {
             Train::Lora(a) => train::lora(common, a),
             Train::Full(a) => train::full(common, a),
+            Train::Draft(a) => train_draft::run(common, a),
         },
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),

@@ -33,7 +33,7 @@ pub(super) fn full(common: &Common, args: &TrainArgs) -> Result<()> {
     start(common, args, &run, "model")
 }
 
-fn set<T: Clone>(to: &mut T, flag: &Option<T>) {
+pub(super) fn set<T: Clone>(to: &mut T, flag: &Option<T>) {
     if let Some(x) = flag {
         to.clone_from(x);
     }

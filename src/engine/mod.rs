@@ -15,8 +15,11 @@
 //! ```
 
 mod accuracy;
+mod draft;
 mod erased;
+mod selfgen;
 mod session;
+mod speculation;
 mod speed;
 mod texts;
 mod training;
@@ -26,8 +29,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
+pub use draft::DraftRun;
 pub use erased::Decode;
+pub use selfgen::{SelfGen, SelfGenerated};
 pub use session::{Finish, Generate, Generation, Piece, Session};
+pub use speculation::{Draft, DraftKind, Speculation};
 pub use speed::{TrainBench, TrainSpeed, train_speed};
 pub use texts::Texts;
 pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
@@ -41,6 +47,7 @@ pub use crate::format::Message;
 use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig};
+pub use crate::speculative::train::{Agreement, HeadEvent};
 use erased::{AnyModel, Shared};
 
 /// Where a model runs.
@@ -144,6 +151,8 @@ struct Inner {
     device: String,
     threads: usize,
     load_s: f64,
+    /// Where the weights came from, if from files.
+    path: Option<PathBuf>,
 }
 
 /// A model on a device with its tokenizer. Cheap to clone; sessions of one engine may run on several threads.
@@ -172,14 +181,14 @@ impl Engine {
             (text.join(), model)
         });
         let (tokenizer, template) = text.unwrap_or_else(|p| std::panic::resume_unwind(p));
-        Self::finish(model?, tokenizer, template, start)
+        Self::finish(model?, tokenizer, template, start, Some(path.into()))
     }
 
     /// An engine from weights made elsewhere, without a tokenizer: sessions take token ids.
     pub fn from_tensors(source: &dyn TensorSource, options: EngineOptions) -> Result<Self> {
         let start = Instant::now();
         let none = Err(Error::new(ErrorKind::Tokenizer, "this model comes without a tokenizer: give token ids"));
-        Self::finish(Self::load(source, &options)?, none, Ok(None), start)
+        Self::finish(Self::load(source, &options)?, none, Ok(None), start, None)
     }
 
     fn finish(
@@ -187,9 +196,10 @@ impl Engine {
         tokenizer: Result<Tokenizer>,
         template: Result<Option<ChatTemplate>>,
         start: Instant,
+        path: Option<PathBuf>,
     ) -> Result<Self> {
         let load_s = start.elapsed().as_secs_f64();
-        Ok(Self(Arc::new(Inner { model, tokenizer, template, device, threads, load_s })))
+        Ok(Self(Arc::new(Inner { model, tokenizer, template, device, threads, load_s, path })))
     }
 
     fn load(source: &dyn TensorSource, options: &EngineOptions) -> Result<(Box<dyn AnyModel>, String, usize)> {
@@ -240,7 +250,12 @@ impl Engine {
 
     /// An empty session of up to `capacity` tokens, with its own random numbers.
     pub fn session(&self, capacity: usize, seed: u64) -> Result<Session> {
-        Ok(Session::new(self.clone(), self.0.model.session(capacity, seed)?))
+        Ok(Session::new(self.clone(), self.0.model.session(capacity, seed, &[])?))
+    }
+
+    /// A session that keeps what `draft` reads of the model's layers.
+    pub fn session_for(&self, draft: &Draft, capacity: usize, seed: u64) -> Result<Session> {
+        Ok(Session::new(self.clone(), self.0.model.session(capacity, seed, draft.taps())?))
     }
 
     /// Tokens that end a generation.

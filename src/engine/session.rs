@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::erased::{AnySession, Decode};
-use super::{Engine, Message};
+use super::{Draft, Engine, Message, Speculation};
 use crate::backend::Mask;
 use crate::decode::{DecodeStats, Sampler, TextStream};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,10 +12,12 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct Session {
     engine: Engine,
     inner: Box<dyn AnySession>,
+    /// Verified tokens behind the end of the current generation, which nobody saw.
+    dropped: u64,
 }
 
 /// What to generate and when to stop. Built by chaining.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Generate {
     decode: Decode,
     max_tokens: usize,
@@ -35,6 +37,12 @@ impl Generate {
     pub fn decode(mut self, decode: Decode) -> Self {
         self.decode = decode;
         self
+    }
+
+    /// Speculative decoding by `sampler`: the same text, sooner. The session has to be made by [`Engine::session_for`] if the draft
+    /// reads the model's layers.
+    pub fn speculative(self, sampler: Sampler, draft: &Draft, how: Speculation) -> Self {
+        self.decode(Decode::Speculative(sampler, draft.clone(), how))
     }
 
     /// Autoregressive decoding by `sampler`.
@@ -90,11 +98,13 @@ pub struct Piece {
     pub id: Option<u32>,
     /// Whole characters that became certain with it; may be empty.
     pub text: String,
+    /// Which of the draft's sources had proposed it; `None` is the model itself.
+    pub source: Option<u8>,
 }
 
 impl Session {
     pub(super) fn new(engine: Engine, inner: Box<dyn AnySession>) -> Self {
-        Self { engine, inner }
+        Self { engine, inner, dropped: 0 }
     }
 
     /// The engine it belongs to.
@@ -177,12 +187,16 @@ impl Session {
 
     /// Counts of the current decoder.
     pub fn stats(&self) -> DecodeStats {
-        self.inner.stats()
+        let mut stats = self.inner.stats();
+        stats.tokens -= self.dropped;
+        stats.verified = stats.verified.saturating_sub(self.dropped);
+        stats
     }
 
     /// Continues the text: an iterator over pieces, computed as they are asked for.
     pub fn generate(&mut self, how: Generate) -> Result<Generation<'_>> {
-        self.inner.begin(&how.decode);
+        self.inner.begin(&how.decode)?;
+        self.dropped = 0;
         let eos = if how.ignore_eos { Vec::new() } else { self.engine.eos() };
         let text = TextStream::new(&how.stop);
         Ok(Generation { left: how.max_tokens, session: self, eos, text, ready: VecDeque::new(), finish: None })
@@ -217,16 +231,17 @@ impl Generation<'_> {
         }
         let n = self.session.inner.step()?;
         for i in before..before + n {
-            let id = self.session.tokens()[i];
+            let (id, source) = (self.session.tokens()[i], self.session.inner.source(i - before));
+            self.session.dropped = (before + n - i - 1) as u64;
             if self.eos.contains(&id) {
                 // The end token is part of the session, so that a next turn sees it.
                 self.session.inner.truncate(i + 1);
-                self.ready.push_back(Piece { id: Some(id), text: String::new() });
+                self.ready.push_back(Piece { id: Some(id), text: String::new(), source });
                 return self.end(Finish::Eos);
             }
             let bytes = self.session.engine.0.tokenizer.as_ref().map(|t| t.token_bytes(id));
             let text = self.text.push(bytes.as_deref().unwrap_or_default());
-            self.ready.push_back(Piece { id: Some(id), text });
+            self.ready.push_back(Piece { id: Some(id), text, source });
             self.left -= 1;
             if self.text.stopped() || self.left == 0 {
                 self.session.inner.truncate(i + 1);
@@ -240,7 +255,7 @@ impl Generation<'_> {
         self.finish = Some(why);
         let text = self.text.finish();
         if !text.is_empty() {
-            self.ready.push_back(Piece { id: None, text });
+            self.ready.push_back(Piece { id: None, text, source: None });
         }
         Ok(())
     }
