@@ -18,16 +18,13 @@ fn main() -> quadriga::Result<()> {
     let mut ws = Workspace::new(be, cfg, 16, 16)?;
 
     let prompt = [17, 4, 99];
-    model.forward(
-        &mut [Sequence { cache: &mut cache, tokens: &prompt, mask: Mask::Causal, want: Want::Last }],
-        &mut ws,
-    )?;
+    model.forward(&mut [Sequence::new(&mut cache, &prompt, Mask::Causal, Want::Last)], &mut ws)?;
     cache.commit_first(prompt.len())?;
 
     // Two guesses for the next token, and two guesses behind the first.
     let tree = TreeMask::new(&[TreeMask::ROOT, TreeMask::ROOT, 0, 0])?;
     let tokens = [5, 6, 7, 8];
-    let seq = Sequence { cache: &mut cache, tokens: &tokens, mask: Mask::Tree(&tree), want: Want::All };
+    let seq = Sequence::new(&mut cache, &tokens, Mask::Tree(&tree), Want::All);
     let rows = model.forward(&mut [seq], &mut ws)?;
     let mut logits = vec![0.0; cfg.vocab];
     for (row, token) in tokens.iter().enumerate().take(rows) {
