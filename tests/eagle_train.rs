@@ -42,7 +42,7 @@ fn sequence(cfg: &ModelConfig, prompt: usize, n: usize, seed: u64) -> Sequence {
     let (mut ids, mut p) = (Vec::new(), Vec::new());
     for _ in 0..slots {
         let first = rng.below(30) as u32;
-        ids.extend((0..k as u32).map(|j| first + j * if first % 3 == 0 { 1 } else { 2 }));
+        ids.extend((0..k as u32).map(|j| first + j * if first.is_multiple_of(3) { 1 } else { 2 }));
         p.extend((0..k).map(|j| 0.4 / (1 << j) as f32));
     }
     Sequence { prompt, tokens, features, teacher: Teacher { k, ids, p } }

@@ -22,7 +22,7 @@ fn logits<B: Backend>(m: &Model<B>, ws: &mut Workspace<B>, cache: &mut KvCache<B
 
 /// 0..n in one part or several.
 fn parts(rng: &mut Rng, n: usize) -> Vec<Range<usize>> {
-    let mut parts = Vec::from([0..rng.below(n + 1)]);
+    let mut parts: Vec<Range<usize>> = std::iter::once(0..rng.below(n + 1)).collect();
     while parts[parts.len() - 1].end < n {
         let at = parts[parts.len() - 1].end;
         parts.push(at..at + 1 + rng.below(n - at));
