@@ -377,7 +377,7 @@ const TABLES: usize = 64 << 20;
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
 pub(super) struct Small {
-    entries: [Entry; 14],
+    entries: [Entry; Slot::Penalties as usize + 1],
     tables: HashMap<Vec<u8>, CudaBuf<u8>>,
     table_bytes: usize,
 }
