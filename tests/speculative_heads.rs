@@ -130,13 +130,12 @@ impl Golden {
 
 #[test]
 fn naive_heads_meet_the_goldens() {
-    // Rotations are f32 on every backend.
-    meets_the_goldens(Naive, 5e-5);
+    meets_the_goldens(Naive, 1e-5);
 }
 
 #[test]
 fn cpu_heads_meet_the_goldens() {
-    cpus().for_each(|cpu| meets_the_goldens(cpu, 1e-3));
+    cpus().for_each(|cpu| meets_the_goldens(cpu, 1e-4));
 }
 
 #[test]
