@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::drafting::DraftArgs;
 use super::fetch;
 use super::out::load_bar;
+use super::train::RunArgs;
 use super::train_draft::TrainDraftArgs;
 use crate::backend::cpu::{Compute, Tier};
 use crate::decode::Sampler;
@@ -383,48 +384,11 @@ pub(super) struct TrainArgs {
     /// Go on from the newest checkpoint in OUT.
     #[arg(long)]
     pub resume: bool,
-    /// Steps; default: as many as the epochs make.
-    #[arg(long)]
-    pub steps: Option<u64>,
-    /// Times that the data is seen.
-    #[arg(long)]
-    pub epochs: Option<f64>,
-    /// Stop after so many minutes.
-    #[arg(long)]
-    pub minutes: Option<f64>,
-    /// Most tokens in a pass, in packed sequences.
-    #[arg(long)]
-    pub batch_tokens: Option<usize>,
-    /// Passes that make a step.
-    #[arg(long)]
-    pub accumulate: Option<usize>,
-    /// Learning rate.
-    #[arg(long, allow_negative_numbers = true)]
-    pub lr: Option<f32>,
+    #[command(flatten)]
+    pub run: RunArgs,
     /// adamw, sgd, momentum, optimistic, optimistic-adam.
     #[arg(long)]
     pub optimizer: Option<String>,
-    /// Decoupled weight decay.
-    #[arg(long, allow_negative_numbers = true)]
-    pub weight_decay: Option<f32>,
-    /// Longest gradient; 0: any.
-    #[arg(long)]
-    pub clip: Option<f32>,
-    /// constant, linear or cosine.
-    #[arg(long)]
-    pub schedule: Option<String>,
-    /// Steps until the full learning rate.
-    #[arg(long)]
-    pub warmup: Option<u64>,
-    /// Steps between checkpoints; 0: one at the end.
-    #[arg(long)]
-    pub save_every: Option<u64>,
-    /// Checkpoints that stay.
-    #[arg(long)]
-    pub keep: Option<usize>,
-    /// Steps between measurements on held-out data; 0: first and last.
-    #[arg(long)]
-    pub eval_every: Option<u64>,
     /// Most tokens of an example; windows of a text file.
     #[arg(long)]
     pub max_length: Option<usize>,

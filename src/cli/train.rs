@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -11,6 +12,7 @@ use super::out;
 use crate::engine::{Lora, Method, TrainRun};
 use crate::error::{Context, Error, ErrorKind, Result, bail};
 use crate::train::run::Event;
+use crate::train::{Plan, Settings};
 
 pub(super) fn lora(common: &Common, args: &LoraArgs) -> Result<()> {
     let mut run = settings(&args.train, common, || Method::Lora(Lora::default()))?;
@@ -48,6 +50,101 @@ pub(super) fn named<T: DeserializeOwned>(flag: &str, word: &Option<String>, to: 
     Ok(())
 }
 
+/// Length, rhythm and optimiser of a run of any kind.
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// Steps; default: as many as the epochs make.
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Times that the data is seen.
+    #[arg(long)]
+    pub epochs: Option<f64>,
+    /// Stop after so many minutes.
+    #[arg(long)]
+    pub minutes: Option<f64>,
+    /// Most tokens in a pass, in packed sequences.
+    #[arg(long)]
+    pub batch_tokens: Option<usize>,
+    /// Passes that make a step.
+    #[arg(long)]
+    pub accumulate: Option<usize>,
+    /// Learning rate.
+    #[arg(long, allow_negative_numbers = true)]
+    pub lr: Option<f32>,
+    /// Decoupled weight decay.
+    #[arg(long, allow_negative_numbers = true)]
+    pub weight_decay: Option<f32>,
+    /// Longest gradient; 0: any.
+    #[arg(long)]
+    pub clip: Option<f32>,
+    /// constant, linear or cosine.
+    #[arg(long)]
+    pub schedule: Option<String>,
+    /// Steps until the full learning rate.
+    #[arg(long)]
+    pub warmup: Option<u64>,
+    /// Steps between checkpoints; 0: one at the end.
+    #[arg(long)]
+    pub save_every: Option<u64>,
+    /// Checkpoints that stay.
+    #[arg(long)]
+    pub keep: Option<usize>,
+    /// Steps between measurements on held-out data; 0: first and last.
+    #[arg(long)]
+    pub eval_every: Option<u64>,
+    /// AdamW's second beta.
+    #[arg(long)]
+    pub beta2: Option<f32>,
+}
+
+impl RunArgs {
+    /// Sets what was given.
+    pub fn apply(&self, plan: &mut Plan, optimizer: &mut Settings) -> Result<()> {
+        set(&mut plan.steps, &self.steps);
+        set(&mut plan.epochs, &self.epochs);
+        set(&mut plan.minutes, &self.minutes);
+        set(&mut plan.batch_tokens, &self.batch_tokens);
+        set(&mut plan.accumulate, &self.accumulate);
+        set(&mut plan.save_every, &self.save_every);
+        set(&mut plan.keep, &self.keep);
+        set(&mut plan.eval_every, &self.eval_every);
+        named("--schedule", &self.schedule, &mut optimizer.schedule.kind)?;
+        set(&mut optimizer.schedule.warmup, &self.warmup);
+        set(&mut optimizer.lr, &self.lr);
+        set(&mut optimizer.beta2, &self.beta2);
+        set(&mut optimizer.weight_decay, &self.weight_decay);
+        set(&mut optimizer.clip, &self.clip);
+        Ok(())
+    }
+}
+
+/// The bar of a run: loss and speed smoothed, so that people can read them.
+pub(super) struct StepBar {
+    pub bar: ProgressBar,
+    loss: f64,
+    speed: f64,
+}
+
+impl StepBar {
+    pub fn new() -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta} left");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.enable_steady_tick(Duration::from_millis(250));
+        Self { bar, loss: f64::NAN, speed: f64::NAN }
+    }
+
+    /// A step of `total` is done, at `speed` tokens a second.
+    pub fn step(&mut self, step: u64, total: u64, loss: f64, speed: f64, gradient: f64) {
+        let smooth = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
+        (self.loss, self.speed) = (smooth(self.loss, loss), smooth(self.speed, speed));
+        self.bar.set_length(total);
+        self.bar.set_position(step);
+        self.bar.set_message(format!("loss {:.3}, {:.0} tok/s", self.loss, self.speed));
+        tracing::info!("step {step} of {total}: loss {loss:.4}, gradient {gradient:.3}, {:.0} tok/s", self.speed);
+    }
+}
+
 fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> Result<TrainRun> {
     let mut run = match &a.config {
         Some(path) => {
@@ -67,44 +164,22 @@ fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> 
         run.held_out.clone_from(&a.held_out);
     }
     let (plan, reading, optimizer) = (&mut run.plan, &mut run.reading, &mut run.optimizer);
-    set(&mut plan.steps, &a.steps);
-    set(&mut plan.epochs, &a.epochs);
-    set(&mut plan.minutes, &a.minutes);
-    set(&mut plan.batch_tokens, &a.batch_tokens);
-    set(&mut plan.accumulate, &a.accumulate);
-    set(&mut plan.save_every, &a.save_every);
-    set(&mut plan.keep, &a.keep);
-    set(&mut plan.eval_every, &a.eval_every);
+    a.run.apply(plan, optimizer)?;
     set(&mut reading.max_length, &a.max_length);
     named("--long-rows", &a.long_rows, &mut reading.long_rows)?;
     set(&mut reading.limit, &a.limit);
     reading.chat |= a.chat;
     named("--optimizer", &a.optimizer, &mut optimizer.kind)?;
-    named("--schedule", &a.schedule, &mut optimizer.schedule.kind)?;
-    set(&mut optimizer.lr, &a.lr);
-    set(&mut optimizer.weight_decay, &a.weight_decay);
-    set(&mut optimizer.clip, &a.clip);
-    set(&mut optimizer.schedule.warmup, &a.warmup);
     named("--recompute", &a.recompute, &mut run.recompute)?;
     Ok(run)
 }
 
 fn start(common: &Common, args: &TrainArgs, run: &TrainRun, result: &str) -> Result<()> {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta} left");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.enable_steady_tick(Duration::from_millis(250));
-    // Smoothed, so that people can read it.
-    let (mut loss, mut speed) = (f64::NAN, f64::NAN);
-    let smooth = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
+    let mut steps = StepBar::new();
+    let bar = steps.bar.clone();
     let mut on = |event: Event| match event {
         Event::Step(step, total, report, seconds) => {
-            loss = smooth(loss, report.loss);
-            speed = smooth(speed, report.tokens as f64 / seconds);
-            bar.set_length(total);
-            bar.set_position(step);
-            bar.set_message(format!("loss {loss:.3}, {speed:.0} tok/s"));
-            tracing::info!("step {step} of {total}: loss {:.4}, gradient {:.3}", report.loss, report.stepped.grad_norm);
+            steps.step(step, total, report.loss, report.tokens as f64 / seconds, report.stepped.grad_norm);
         }
         Event::HeldOut(step, loss) => bar.suspend(|| eprintln!("[step {step}: held-out loss {loss:.4}]")),
         Event::Saved(step) => tracing::info!("checkpoint of step {step}"),

@@ -1,15 +1,13 @@
 //! The training half of `quadriga train draft`.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::flags::Common;
 use super::out;
-use super::train::{named, set};
+use super::train::{RunArgs, StepBar, named, set};
 use crate::engine::{Agreement, DraftRun, HeadEvent};
 use crate::error::Result;
 
@@ -42,48 +40,8 @@ pub(super) struct HeadArgs {
     /// Matrices of the result: f16, or q8 (blocks of 32 with a scale).
     #[arg(long)]
     pub store: Option<String>,
-    /// Steps; default: as many as the epochs make.
-    #[arg(long)]
-    pub steps: Option<u64>,
-    /// Times that the data is seen.
-    #[arg(long)]
-    pub epochs: Option<f64>,
-    /// Stop after so many minutes.
-    #[arg(long)]
-    pub minutes: Option<f64>,
-    /// Most tokens in a pass, in packed sequences.
-    #[arg(long)]
-    pub batch_tokens: Option<usize>,
-    /// Passes that make a step.
-    #[arg(long)]
-    pub accumulate: Option<usize>,
-    /// Learning rate.
-    #[arg(long, allow_negative_numbers = true)]
-    pub lr: Option<f32>,
-    /// AdamW's second beta.
-    #[arg(long)]
-    pub beta2: Option<f32>,
-    /// Decoupled weight decay.
-    #[arg(long, allow_negative_numbers = true)]
-    pub weight_decay: Option<f32>,
-    /// Longest gradient; 0: any.
-    #[arg(long)]
-    pub clip: Option<f32>,
-    /// constant, linear or cosine.
-    #[arg(long)]
-    pub schedule: Option<String>,
-    /// Steps until the full learning rate.
-    #[arg(long)]
-    pub warmup: Option<u64>,
-    /// Steps between checkpoints; 0: one at the end.
-    #[arg(long)]
-    pub save_every: Option<u64>,
-    /// Checkpoints that stay.
-    #[arg(long)]
-    pub keep: Option<usize>,
-    /// Steps between measurements on held-out data; 0: first and last.
-    #[arg(long)]
-    pub eval_every: Option<u64>,
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 pub(super) fn run(common: &Common, a: &HeadArgs, data: Vec<PathBuf>, dir: &Path, resume: bool) -> Result<()> {
@@ -96,30 +54,11 @@ pub(super) fn run(common: &Common, a: &HeadArgs, data: Vec<PathBuf>, dir: &Path,
     set(&mut run.decay, &a.decay);
     set(&mut run.teacher, &a.teacher);
     named("--store", &a.store, &mut run.store)?;
-    let (plan, optimizer) = (&mut run.plan, &mut run.optimizer);
-    plan.seed = common.seed;
-    set(&mut plan.steps, &a.steps);
-    set(&mut plan.epochs, &a.epochs);
-    set(&mut plan.minutes, &a.minutes);
-    set(&mut plan.batch_tokens, &a.batch_tokens);
-    set(&mut plan.accumulate, &a.accumulate);
-    set(&mut plan.save_every, &a.save_every);
-    set(&mut plan.keep, &a.keep);
-    set(&mut plan.eval_every, &a.eval_every);
-    named("--schedule", &a.schedule, &mut optimizer.schedule.kind)?;
-    set(&mut optimizer.lr, &a.lr);
-    set(&mut optimizer.beta2, &a.beta2);
-    set(&mut optimizer.weight_decay, &a.weight_decay);
-    set(&mut optimizer.clip, &a.clip);
-    set(&mut optimizer.schedule.warmup, &a.warmup);
+    run.plan.seed = common.seed;
+    a.run.apply(&mut run.plan, &mut run.optimizer)?;
 
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta} left");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.enable_steady_tick(Duration::from_millis(250));
-    // Smoothed, so that people can read it.
-    let (mut loss, mut speed) = (f64::NAN, f64::NAN);
-    let smooth = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
+    let mut steps = StepBar::new();
+    let bar = steps.bar.clone();
     let mut on = |event: HeadEvent| match event {
         HeadEvent::Features(done, total) => {
             bar.set_length(total as u64);
@@ -128,13 +67,7 @@ pub(super) fn run(common: &Common, a: &HeadArgs, data: Vec<PathBuf>, dir: &Path,
             tracing::debug!("features of {done} of {total} tokens");
         }
         HeadEvent::Step(step, total, report, seconds) => {
-            loss = smooth(loss, report.loss);
-            speed = smooth(speed, report.rows as f64 / seconds);
-            bar.set_length(total);
-            bar.set_position(step);
-            bar.set_message(format!("loss {loss:.3}, {speed:.0} tok/s"));
-            let norm = report.stepped.grad_norm;
-            tracing::info!("step {step} of {total}: loss {:.4}, gradient {norm:.3}, {speed:.0} tok/s", report.loss);
+            steps.step(step, total, report.loss, report.rows as f64 / seconds, report.stepped.grad_norm);
         }
         HeadEvent::HeldOut(step, a) => bar.suspend(|| eprintln!("[step {step}: held-out {}]", told(&a))),
         HeadEvent::Saved(step) => tracing::info!("checkpoint of step {step}"),

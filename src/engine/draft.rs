@@ -105,16 +105,7 @@ impl DraftRun {
         // What cannot be written is refused before hours are spent.
         config(&head, &About { target: cfg, name: &name, taps: &taps }, self.store)?;
         let rows = Continuation::read(&self.data, self.plan.batch_tokens)?;
-        let newest = State::latest(&checkpoints(out))?;
-        if let (Some(path), false) = (&newest, resume) {
-            bail!(
-                Usage,
-                "{} holds a run ({}): --resume goes on with it, another --out begins anew",
-                out.display(),
-                path.display()
-            );
-        }
-        let state = newest.filter(|_| resume).map(|p| State::load(&p)).transpose()?;
+        let state = State::to_resume(&checkpoints(out), resume)?;
         on_device(options, Job { run: self, checkpoint: &checkpoint, head, name, taps, rows, state, out, on })
     }
 

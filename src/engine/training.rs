@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{EngineOptions, Texts, on_device};
 use crate::backend::Train;
-use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::error::{Context, Error, ErrorKind, Result, ensure};
 use crate::format::Checkpoint;
 use crate::format::peft::{PeftAdapter, PeftTensor};
 use crate::format::write_model::{can_write, write_model};
@@ -205,16 +205,7 @@ impl TrainRun {
             Some(path) => self.reading.load(path, &texts)?.examples,
             None => Vec::new(),
         };
-        let newest = State::latest(&checkpoints(out))?;
-        if let (Some(path), false) = (&newest, resume) {
-            bail!(
-                Usage,
-                "{} holds a run ({}): --resume goes on with it, another --out begins anew",
-                out.display(),
-                path.display()
-            );
-        }
-        let state = newest.filter(|_| resume).map(|p| State::load(&p)).transpose()?;
+        let state = State::to_resume(&checkpoints(out), resume)?;
         let mut plan = self.plan.clone();
         // A longer step than the data's longest example has nothing to fill it.
         plan.batch_tokens = plan.batch_tokens.max(examples.iter().map(|e| e.tokens.len()).max().unwrap_or(0));

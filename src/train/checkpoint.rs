@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Optimizer;
 use super::data::Cursor;
+use crate::backend::{Buffer, Train};
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::files::{Hashing, TensorBytes, find_folder, read_f32, write_folder, write_tensors};
+use crate::model::Param;
 
 const STATE: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
@@ -48,6 +51,64 @@ struct State {
 }
 
 impl Checkpoint {
+    /// Of parameters and their optimiser.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(crate) fn take<B: Train>(
+        be: &B,
+        params: &[&Param<B>],
+        optimizer: &Optimizer<B>,
+        cursor: Cursor,
+        seed: u64,
+        tokens: u64,
+        config: serde_json::Value,
+    ) -> Result<Self> {
+        let mut tensors = Vec::new();
+        for p in params {
+            tensors.push((p.name.clone(), p.shape.to_vec(), p.to_host(be)?));
+        }
+        tensors.extend(optimizer.to_host(be, params.iter().copied())?);
+        Ok(Self { step: optimizer.steps(), cursor, seed, tokens, config, tensors })
+    }
+
+    /// Sets parameters and their optimiser, to the last bit where the device keeps f32.
+    ///
+    /// # Errors
+    /// A tensor that the checkpoint lacks or has in another size.
+    pub(crate) fn give<B: Train>(
+        &self,
+        be: &B,
+        params: &mut [&mut Param<B>],
+        optimizer: &mut Optimizer<B>,
+    ) -> Result<()> {
+        let find = |name: &str, n: usize| -> Result<&[f32]> {
+            let found = self.tensors.iter().find(|t| t.0 == name).map(|t| &t.2[..]);
+            let missing = || Error::new(ErrorKind::Weights, format!("the checkpoint has no tensor {name}"));
+            let values = found.ok_or_else(missing)?;
+            ensure!(values.len() == n, Weights, "{name} has {} values in the checkpoint, {n} here", values.len());
+            Ok(values)
+        };
+        for p in &mut *params {
+            let n = p.len();
+            be.upload_acc(p.w.head_mut(n), find(&p.name, n)?)?;
+        }
+        optimizer.restore(be, params.iter().map(|p| &**p), self.step, find).context(|| "optimiser".into())
+    }
+
+    /// The newest in `dir`, for a run that is to go on there; `None` where there is none.
+    ///
+    /// # Errors
+    /// `Usage` where there is one and the run is not to go on with it; a damaged one.
+    pub fn to_resume(dir: &Path, resume: bool) -> Result<Option<Self>> {
+        let newest = Self::latest(dir)?;
+        if let (Some(path), false) = (&newest, resume) {
+            let at = path.display();
+            bail!(Usage, "{at} is of an earlier run: --resume goes on with it, another --out begins anew");
+        }
+        newest.map(|p| Self::load(&p)).transpose()
+    }
+
     /// Saves into `dir`, whole or not at all, then removes all but the `keep` newest (this one always stays). Returns the
     /// new folder.
     pub fn save(&self, dir: &Path, keep: usize) -> Result<PathBuf> {

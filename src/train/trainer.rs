@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::optim::{Optimizer, Settings, Stepped};
 use super::{Batch, Checkpoint, Cursor};
 use crate::backend::{Buffer, Target, Train};
-use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::error::{Result, bail, ensure};
 use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved};
 
 /// Rows of logits that exist at a time.
@@ -204,13 +204,8 @@ impl<B: Train> Trainer<B> {
     /// # Errors
     /// The device's.
     pub fn checkpoint(&self, cursor: Cursor, seed: u64, tokens: u64, config: serde_json::Value) -> Result<Checkpoint> {
-        let be = self.model.backend();
-        let mut tensors = Vec::new();
-        for p in self.trainable.params() {
-            tensors.push((p.name.clone(), p.shape.to_vec(), p.to_host(be)?));
-        }
-        tensors.extend(self.optimizer.to_host(be, self.trainable.params())?);
-        Ok(Checkpoint { step: self.steps(), cursor, seed, tokens, config, tensors })
+        let (be, params) = (self.model.backend(), self.trainable.params().collect::<Vec<_>>());
+        Checkpoint::take(be, &params, &self.optimizer, cursor, seed, tokens, config)
     }
 
     /// Goes on from a checkpoint, to the last bit where the device keeps f32.
@@ -218,19 +213,8 @@ impl<B: Train> Trainer<B> {
     /// # Errors
     /// A tensor that the checkpoint lacks or has in another size.
     pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
-        let find = |name: &str, n: usize| -> Result<&[f32]> {
-            let found = from.tensors.iter().find(|t| t.0 == name).map(|t| &t.2[..]);
-            let missing = || Error::new(ErrorKind::Weights, format!("the checkpoint has no tensor {name}"));
-            let values = found.ok_or_else(missing)?;
-            ensure!(values.len() == n, Weights, "{name} has {} values in the checkpoint, {n} here", values.len());
-            Ok(values)
-        };
         let be = self.model.backend();
-        for p in self.trainable.params_mut() {
-            let n = p.len();
-            be.upload_acc(p.w.head_mut(n), find(&p.name, n)?)?;
-        }
-        self.optimizer.restore(be, self.trainable.params(), from.step, find).context(|| "optimiser".into())?;
+        from.give(be, &mut self.trainable.params_mut().collect::<Vec<_>>(), &mut self.optimizer)?;
         if let Trainable::Full(full) = &self.trainable {
             self.model.refresh(full)?;
         }

@@ -5,7 +5,7 @@ use super::pass::HeadPass;
 use super::saved::HeadSaved;
 use super::weights::EagleHead;
 use crate::backend::{Buffer, Train};
-use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::error::{Result, bail};
 use crate::model::Model;
 use crate::train::optim::{Optimizer, Settings, Stepped};
 use crate::train::{Checkpoint, Cursor};
@@ -168,13 +168,8 @@ impl<B: Train> HeadTrainer<B> {
     /// # Errors
     /// The device's.
     pub fn checkpoint(&self, cursor: Cursor, seed: u64, tokens: u64, config: serde_json::Value) -> Result<Checkpoint> {
-        let be = self.target.backend();
-        let mut tensors = Vec::new();
-        for p in self.head.params() {
-            tensors.push((p.name.clone(), p.shape.to_vec(), p.to_host(be)?));
-        }
-        tensors.extend(self.optimizer.to_host(be, self.head.params())?);
-        Ok(Checkpoint { step: self.steps(), cursor, seed, tokens, config, tensors })
+        let (be, params) = (self.target.backend(), self.head.params().collect::<Vec<_>>());
+        Checkpoint::take(be, &params, &self.optimizer, cursor, seed, tokens, config)
     }
 
     /// Goes on from a checkpoint, to the last bit where the device keeps f32.
@@ -182,19 +177,8 @@ impl<B: Train> HeadTrainer<B> {
     /// # Errors
     /// A tensor that the checkpoint lacks or has in another size.
     pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
-        let find = |name: &str, n: usize| -> Result<&[f32]> {
-            let found = from.tensors.iter().find(|t| t.0 == name).map(|t| &t.2[..]);
-            let missing = || Error::new(ErrorKind::Weights, format!("the checkpoint has no tensor {name}"));
-            let values = found.ok_or_else(missing)?;
-            ensure!(values.len() == n, Weights, "{name} has {} values in the checkpoint, {n} here", values.len());
-            Ok(values)
-        };
         let be = self.target.backend();
-        for p in self.head.params_mut() {
-            let n = p.len();
-            be.upload_acc(p.w.head_mut(n), find(&p.name, n)?)?;
-        }
-        self.optimizer.restore(be, self.head.params(), from.step, find).context(|| "optimiser".into())?;
+        from.give(be, &mut self.head.params_mut().collect::<Vec<_>>(), &mut self.optimizer)?;
         self.head.refresh(be)
     }
 }
