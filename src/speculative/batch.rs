@@ -1,5 +1,6 @@
 //! [`SpeculativeBatch`]: several sessions, one pass.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::Speculative;
@@ -8,7 +9,6 @@ use crate::backend::{Backend, Mask};
 use crate::decode::{Session, Together};
 use crate::error::{Result, ensure};
 use crate::model::Model;
-use std::sync::Arc;
 
 /// Verifies the trees of several sessions in one pass, which reads the weights once for all. Each session's text is what it would
 /// have been alone.

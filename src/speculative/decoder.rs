@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Budget, Draft, DraftTree, Plan};
-use crate::backend::{Accepted, Backend, Buffer, Draw, Mask, NO_TOKEN, Penalty, Rule, Trees};
+use crate::backend::{Accepted, Backend, Buffer, Draw, In, Mask, NO_TOKEN, Penalty, Rule, Trees};
 use crate::decode::{DecodeStats, Decoder, Sampler, Session};
 use crate::error::{Result, bail};
 use crate::model::Want;
@@ -194,7 +194,7 @@ impl<B: Backend> Verifier<B> {
     pub fn verify(
         &mut self,
         be: &B,
-        logits: crate::backend::In<'_, B, B::Acc>,
+        logits: In<'_, B, B::Acc>,
         draws: &[Draw],
         trees: &[&DraftTree],
     ) -> Result<Vec<Found>> {

@@ -5,6 +5,7 @@
 
 mod automaton;
 mod batch;
+mod choices;
 mod cost;
 mod decoder;
 mod draft;

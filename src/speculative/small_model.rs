@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::choices::Choices;
 use super::{Budget, Draft, DraftTree, Pool};
-use crate::backend::{Backend, Buffer, Mask, TreeMask};
+use crate::backend::{Backend, Mask, TreeMask};
 use crate::decode::Session;
 use crate::decode::session::PREFILL_ROWS;
 use crate::error::Result;
@@ -24,49 +25,7 @@ pub struct SmallModel<B: Backend> {
 struct State<B: Backend> {
     cache: KvCache<B>,
     ws: Workspace<B>,
-    best: Best<B>,
-}
-
-/// The likeliest tokens behind some rows, on the device and here.
-struct Best<B: Backend> {
-    values: B::Buf<B::Acc>,
-    ids: B::Buf<u32>,
-    stats: B::Buf<B::Acc>,
-    argmax: B::Buf<u32>,
-    host: (Vec<f32>, Vec<f32>),
-    tokens: Vec<u32>,
-    ln_q: Vec<f32>,
-}
-
-impl<B: Backend> Best<B> {
-    fn new(be: &B) -> Result<Self> {
-        Ok(Self {
-            values: be.alloc(WIDTH * WIDTH)?,
-            ids: be.alloc(WIDTH * WIDTH)?,
-            stats: be.alloc(WIDTH * 3)?,
-            argmax: be.alloc(WIDTH)?,
-            host: (Vec::new(), Vec::new()),
-            tokens: Vec::new(),
-            ln_q: Vec::new(),
-        })
-    }
-
-    /// Of the first `rows` rows of the last pass the `k` likeliest tokens, and the logarithms of their probabilities.
-    fn read(&mut self, be: &B, ws: &Workspace<B>, vocab: usize, rows: usize, k: usize) -> Result<()> {
-        let n = rows * k;
-        be.top_k(self.values.head_mut(n), self.ids.head_mut(n), ws.logit_rows(rows), vocab, k)?;
-        be.logits_stats(self.stats.head_mut(rows * 3), self.argmax.head_mut(rows), ws.logit_rows(rows), vocab)?;
-        let (values, stats) = &mut self.host;
-        values.resize(n, 0.0);
-        stats.resize(rows * 3, 0.0);
-        self.tokens.resize(n, 0);
-        be.download_acc(self.values.head(n), values)?;
-        be.download_acc(self.stats.head(rows * 3), stats)?;
-        be.download(self.ids.head(n), &mut self.tokens)?;
-        self.ln_q.clear();
-        self.ln_q.extend(values.iter().enumerate().map(|(i, v)| v - stats[i / k * 3 + 1]));
-        Ok(())
-    }
+    choices: Choices<B>,
 }
 
 impl<B: Backend> SmallModel<B> {
@@ -83,7 +42,8 @@ impl<B: Backend> SmallModel<B> {
             // Drafted rows stand behind a text that may fill the context.
             let cache = KvCache::new(be, cfg, capacity + WIDTH * WIDTH)?;
             let ws = Workspace::new(be, cfg, PREFILL_ROWS, WIDTH)?;
-            (self.state, self.seen) = (Some(State { cache, ws, best: Best::new(be)? }), Vec::new());
+            (self.state, self.seen) =
+                (Some(State { cache, ws, choices: Choices::new(be, cfg.vocab, WIDTH, WIDTH)? }), Vec::new());
         }
         let state = self.state.as_mut().expect("made above");
         let same = self.seen.iter().zip(tokens).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
@@ -113,7 +73,7 @@ impl<B: Backend> Draft<B> for SmallModel<B> {
         }
         self.catch_up(session)?;
         let (be, vocab) = (self.model.backend(), self.model.config().vocab);
-        let State { cache, ws, best } = self.state.as_mut().expect("made to catch up");
+        let State { cache, ws, choices } = self.state.as_mut().expect("made to catch up");
         let width = budget.width.clamp(1, WIDTH).min(vocab);
         if self.pool.width() != width {
             self.pool = Pool::new(width);
@@ -121,8 +81,8 @@ impl<B: Backend> Draft<B> for SmallModel<B> {
         self.pool.reset();
         let mut rows = 1;
         loop {
-            best.read(be, ws, vocab, rows, width)?;
-            self.pool.expand(&best.tokens, &best.ln_q);
+            let (ids, ln_q) = choices.read(be, rows, ws.logit_rows(rows), None)?;
+            self.pool.expand(ids, ln_q);
             let frontier = self.pool.frontier();
             rows = frontier.len();
             let full = cache.len() + frontier.end >= cache.capacity();

@@ -30,8 +30,6 @@ struct Eagle3<B: Backend> {
 
 /// Key that lists the tapped layers: 0 is the first layer's input, the embedding.
 const TAPS: &str = "taps";
-/// The same as a training run writes it.
-const TRAINED: &str = "quadriga.taps";
 /// The same in published files. Some count outputs instead, which is seen by the first being 1: nobody taps the input of layer 1.
 const PUBLISHED: [&str; 2] = ["eagle_aux_hidden_state_layer_ids", "eagle_config.eagle_aux_hidden_state_layer_ids"];
 
@@ -61,9 +59,6 @@ pub(super) fn load<B: Backend>(s: &Source<'_, B>, model: Arc<Model<B>>) -> Resul
 fn taps<B: Backend>(s: &Source<'_, B>) -> Result<Vec<usize>> {
     let layers = s.cfg.layers;
     let (mut key, mut taps) = (TAPS, s.head.sizes(TAPS)?);
-    if taps.is_none() {
-        (key, taps) = (TRAINED, s.head.sizes(TRAINED)?);
-    }
     for published in PUBLISHED {
         if taps.is_none() {
             taps = s.head.sizes(published)?;

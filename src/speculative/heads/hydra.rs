@@ -11,7 +11,6 @@
 
 use std::sync::Arc;
 
-use super::choices::Choices;
 use super::layer::{Layer, LayerRoom, Place};
 use super::medusa::Residual;
 use super::source::Source;
@@ -21,6 +20,7 @@ use crate::decode::Session;
 use crate::error::{Result, ensure};
 use crate::model::Model;
 use crate::model::config::Activation;
+use crate::speculative::choices::Vocabulary;
 use crate::speculative::{Budget, Draft, DraftTree, Pool};
 
 /// The published name of the prefix layer, as it is spelt.
@@ -54,7 +54,7 @@ struct State<B: Backend> {
     capacity: usize,
     followed: Followed,
     pool: Pool,
-    choices: Choices<B>,
+    choices: Vocabulary<B>,
     layer: LayerRoom<B>,
     zero: B::Buf<B::Acc>,
     picked: B::Buf<B::Acc>,
@@ -119,7 +119,7 @@ impl<B: Backend> Head<B> {
             capacity,
             followed: Followed::default(),
             pool: Pool::new(width),
-            choices: Choices::new(be, cfg.vocab, width, width)?,
+            choices: Vocabulary::new(be, cfg.vocab, width, width)?,
             layer: LayerRoom::new(be, &self.layer.cfg, CHUNK)?,
             zero: be.alloc(d)?,
             picked: be.alloc(CHUNK * d)?,

@@ -10,13 +10,13 @@
 
 use std::sync::Arc;
 
-use super::choices::Choices;
 use super::source::Source;
 use crate::backend::{Backend, Buffer, Linear};
 use crate::decode::Session;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::config::Activation;
+use crate::speculative::choices::Vocabulary;
 use crate::speculative::{Budget, Draft, DraftTree, Pool};
 
 /// v += silu(linear(v)), again and again.
@@ -52,7 +52,7 @@ pub(super) struct Medusa<B: Backend> {
 
 struct State<B: Backend> {
     pool: Pool,
-    choices: Choices<B>,
+    choices: Vocabulary<B>,
     zero: B::Buf<B::Acc>,
     picked: B::Buf<B::Acc>,
     /// The target's state, then a head's.
@@ -83,7 +83,7 @@ impl<B: Backend> Medusa<B> {
         let (be, cfg) = (self.model.backend(), self.model.config());
         Ok(State {
             pool: Pool::new(width),
-            choices: Choices::new(be, cfg.vocab, 1, width)?,
+            choices: Vocabulary::new(be, cfg.vocab, 1, width)?,
             zero: be.alloc(cfg.hidden)?,
             picked: be.alloc(cfg.hidden)?,
             v: [be.alloc(cfg.hidden)?, be.alloc(cfg.hidden)?],

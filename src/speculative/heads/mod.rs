@@ -9,7 +9,6 @@
 //!
 //! [`load`] finds out the kind by the tensors' names.
 
-mod choices;
 mod eagle;
 mod eagle3;
 mod hydra;

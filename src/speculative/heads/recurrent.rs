@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::choices::Choices;
 use super::layer::{Layer, LayerRoom, Place};
 use super::{CHUNK, Followed};
 use crate::backend::{Backend, Buffer, In, Mask, Out, TreeMask};
 use crate::decode::Session;
 use crate::error::Result;
 use crate::model::Model;
+use crate::speculative::choices::Vocabulary;
 use crate::speculative::{Budget, Draft, DraftTree, Pool};
 
 /// What one kind of head makes of features and of its layer's output. A row's *feature* g is what the head knows of the text before
@@ -132,7 +132,7 @@ pub(super) struct State<B: Backend> {
     followed: Followed,
     pool: Pool,
     room: Room<B>,
-    choices: Choices<B>,
+    choices: Vocabulary<B>,
 }
 
 impl<B: Backend> Head<B> {
@@ -145,7 +145,7 @@ impl<B: Backend> Head<B> {
             followed: Followed::default(),
             pool: Pool::new(width),
             room: Room::new(be, &self.layer, CHUNK.max(width))?,
-            choices: Choices::new(be, vocab, width, width)?,
+            choices: Vocabulary::new(be, vocab, width, width)?,
         })
     }
 

@@ -16,7 +16,7 @@ use super::pass::{Sequence, Teacher, extent};
 use crate::backend::{Backend, Buffer, Mask};
 use crate::error::{Context, Error, ErrorKind, Result, ensure};
 use crate::files::write_file;
-use crate::model::{self, KvCache, Model, Tap, Want, Workspace};
+use crate::model::{self, KvCache, Model, Want, Workspace};
 
 /// Sequences of a file.
 const ROWS: usize = 128;
@@ -131,7 +131,7 @@ impl Features {
         for (file, rows) in rows.chunks(ROWS).enumerate() {
             if !features.has(file, rows) {
                 if room.is_none() {
-                    room = Some(Room::new(target, longest.max(PASS), features.spec.k)?);
+                    room = Some(Room::new(target, longest.max(PASS), &features.spec)?);
                 }
                 let room = room.as_mut().expect("made above");
                 features.write(target, room, file, rows, &mut |n| on(done + n, total))?;
@@ -285,9 +285,9 @@ struct Room<B: Backend> {
 }
 
 impl<B: Backend> Room<B> {
-    fn new(target: &Model<B>, rows: usize, k: usize) -> Result<Self> {
+    fn new(target: &Model<B>, rows: usize, spec: &FeatureSpec) -> Result<Self> {
         let be = target.backend();
-        let ws = Workspace::new(be, target.config(), rows, rows)?;
+        let (k, ws) = (spec.k, Workspace::with_taps(be, target.config(), rows, rows, &spec.taps)?);
         let (values, ids) = (be.alloc(rows * k)?, be.alloc(rows * k)?);
         Ok(Self { ws, caches: Vec::new(), values, ids, stats: be.alloc(3 * rows)?, argmax: be.alloc(rows)? })
     }
@@ -317,17 +317,14 @@ fn teach<B: Backend>(
             model::Sequence::new(cache, &t[..t.len() - 1], Mask::Causal, Want::Rows(w))
         })
         .collect();
-    let mut streams = vec![Vec::new(); spec.taps.len()];
-    let mut watch = |tap: Tap, x: &[f32]| {
-        let input = match tap {
-            Tap::Embedding => 0,
-            Tap::Layer(i) => i + 1,
-        };
-        for (to, _) in streams.iter_mut().zip(&spec.taps).filter(|(_, t)| **t == input) {
-            *to = x.iter().map(|&x| bf16::from_f32(x)).collect();
-        }
-    };
-    let n = target.forward_watched(&mut seqs, &mut room.ws, Some(&mut watch))?;
+    let all: usize = seqs.iter().map(|s| s.tokens.len()).sum();
+    let n = target.forward(&mut seqs, &mut room.ws)?;
+    let mut stream = vec![0f32; all * cfg.hidden];
+    let mut streams = Vec::with_capacity(spec.taps.len());
+    for tap in 0..spec.taps.len() {
+        be.download_acc(room.ws.features(tap, all), &mut stream)?;
+        streams.push(stream.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
+    }
     let logits = room.ws.logit_rows(n);
     be.top_k(room.values.head_mut(n * k), room.ids.head_mut(n * k), logits, cfg.vocab, k)?;
     be.logits_stats(room.stats.head_mut(3 * n), room.argmax.head_mut(n), logits, cfg.vocab)?;

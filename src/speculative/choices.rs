@@ -6,11 +6,10 @@ use crate::error::Result;
 /// Most tokens behind a row that are asked for: the limit of [`Backend::top_k`].
 const MOST: usize = 64;
 
-/// Logits of a pass, and what is read of them.
+/// Reads the likeliest tokens of logits.
 pub(super) struct Choices<B: Backend> {
     vocab: usize,
     width: usize,
-    logits: B::Buf<B::Acc>,
     stats: B::Buf<B::Acc>,
     best: B::Buf<u32>,
     values: B::Buf<B::Acc>,
@@ -32,7 +31,6 @@ impl<B: Backend> Choices<B> {
         Ok(Self {
             vocab,
             width,
-            logits: be.alloc(rows * vocab)?,
             stats: be.alloc(rows * 3)?,
             best: be.alloc(rows)?,
             values: be.alloc(rows * width)?,
@@ -41,22 +39,19 @@ impl<B: Backend> Choices<B> {
         })
     }
 
-    /// The likeliest tokens behind each of `rows` rows, whose logits are w h + bias, and the logarithms of their probabilities;
-    /// `tokens` says which token of the target an id is, if not the same. Where logits are not finite, no token has a chance.
+    /// The likeliest tokens of each of `rows` rows of logits, and the logarithms of their probabilities; `tokens` says which token of
+    /// the target an id is, if not the same. Where logits are not finite, no token has a chance.
     pub fn read(
         &mut self,
         be: &B,
         rows: usize,
-        h: In<'_, B, B::Act>,
-        w: &B::Weight,
-        bias: Option<&B::Buf<B::Acc>>,
+        logits: In<'_, B, B::Acc>,
         tokens: Option<&[u32]>,
     ) -> Result<(&[u32], &[f32])> {
-        let Self { vocab, logits, stats, best, values, ids, host, .. } = self;
-        let (n, k) = (rows * *vocab, self.width);
-        be.linear(logits.head_mut(n), h, w, bias)?;
-        be.logits_stats(stats.head_mut(rows * 3), best.head_mut(rows), logits.head(n), *vocab)?;
-        be.top_k(values.head_mut(rows * k), ids.head_mut(rows * k), logits.head(n), *vocab, k)?;
+        let Self { vocab, stats, best, values, ids, host, .. } = self;
+        let k = self.width;
+        be.logits_stats(stats.head_mut(rows * 3), best.head_mut(rows), logits, *vocab)?;
+        be.top_k(values.head_mut(rows * k), ids.head_mut(rows * k), logits, *vocab, k)?;
         host.stats.resize(rows * 3, 0.0);
         host.ln_q.resize(rows * k, 0.0);
         host.ids.resize(rows * k, 0);
@@ -72,5 +67,33 @@ impl<B: Backend> Choices<B> {
             }
         }
         Ok((&host.ids, &host.ln_q))
+    }
+}
+
+/// [`Choices`] with room for logits of a vocabulary matrix.
+pub(super) struct Vocabulary<B: Backend> {
+    logits: B::Buf<B::Acc>,
+    choices: Choices<B>,
+}
+
+impl<B: Backend> Vocabulary<B> {
+    /// As [`Choices::new`].
+    pub fn new(be: &B, vocab: usize, rows: usize, width: usize) -> Result<Self> {
+        Ok(Self { logits: be.alloc(rows * vocab)?, choices: Choices::new(be, vocab, rows, width)? })
+    }
+
+    /// [`Choices::read`] of the logits w h + bias.
+    pub fn read(
+        &mut self,
+        be: &B,
+        rows: usize,
+        h: In<'_, B, B::Act>,
+        w: &B::Weight,
+        bias: Option<&B::Buf<B::Acc>>,
+        tokens: Option<&[u32]>,
+    ) -> Result<(&[u32], &[f32])> {
+        let n = rows * self.choices.vocab;
+        be.linear(self.logits.head_mut(n), h, w, bias)?;
+        self.choices.read(be, rows, self.logits.head(n), tokens)
     }
 }
