@@ -166,10 +166,11 @@ fn cuda_is_timed() {
     let Some(cuda) = common::gpu() else { return };
     let peaks = cuda.peaks(1 << 20, 4).unwrap();
     assert!(peaks.memory > 0.0 && peaks.bf16 > 0.0 && peaks.bf16.is_finite());
-    // Three copies of the matrix; all batches but the first two are graphs.
+    // Three copies of the matrix; all batches but the first two are graphs, so that even a busy machine, where a batch is one call,
+    // has some.
     let op = Op::Linear { dtype: DType::BF16, rows: 1, input: 64, output: 64, bias: false };
     let mut p = Prepared::new(&cuda, op, Setup { working_set: 3 * 64 * 64 * 2, ..Setup::default() }).unwrap();
-    assert!(p.time(3, 5e-3).unwrap().iter().all(|s| *s > 0.0));
+    assert!(p.time(8, 5e-3).unwrap().iter().all(|s| *s > 0.0));
     assert!(cuda.graph_stats().replayed >= 3);
 }
 
