@@ -17,6 +17,7 @@ pub mod error;
 pub mod files;
 pub mod format;
 pub mod model;
+pub mod online;
 pub mod perf;
 pub mod rng;
 pub mod speculative;
