@@ -135,15 +135,22 @@ impl HostTensor {
     /// # Errors
     /// Columns that are not whole blocks.
     pub fn to_q8_0(&self) -> Result<Self> {
-        let (mut row, mut v) =
-            (vec![0.0; self.cols], Vec::with_capacity(DType::Q8_0.row_bytes(self.cols)? * self.rows));
-        for r in 0..self.rows {
+        // Adding it rounds a small number to a whole one, in the low bits of the sum: a rounding that every processor does side by side.
+        const WHOLE: f32 = 12_582_912.0;
+        let (block, size) = (DType::Q8_0.block_len(), DType::Q8_0.row_bytes(DType::Q8_0.block_len())?);
+        let mut row = vec![0.0; self.cols];
+        let mut v = vec![0u8; DType::Q8_0.row_bytes(self.cols)? * self.rows];
+        for (r, to) in v.chunks_exact_mut(self.cols / block * size).enumerate() {
             self.row_f32(r, &mut row);
-            for block in row.chunks_exact(DType::Q8_0.block_len()) {
-                let d = f16::from_f32(block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0);
+            for (x, to) in row.chunks_exact(block).zip(to.chunks_exact_mut(size)) {
+                let d = f16::from_f32(x.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0);
                 let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
-                v.extend(d.to_le_bytes());
-                v.extend(block.iter().map(|x| (x * inverse).round().clamp(-127.0, 127.0) as i8 as u8));
+                let (scale, q) = to.split_at_mut(2);
+                scale.copy_from_slice(&d.to_le_bytes());
+                // The scale was rounded: the largest may come to a little more than 127.
+                q.iter_mut()
+                    .zip(x)
+                    .for_each(|(q, x)| *q = ((x * inverse).clamp(-127.0, 127.0) + WHOLE).to_bits() as u8);
             }
         }
         Self::new(DType::Q8_0, self.rows, self.cols, v.into())

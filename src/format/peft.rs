@@ -109,6 +109,11 @@ impl Module {
     }
 }
 
+/// What A and B of a projection are called, if a model of configuration `c` has it.
+pub fn tensor_names(c: &ModelConfig, layer: usize, role: LayerRole) -> Option<[String; 2]> {
+    modules(c).find(|m| (m.layer, m.role) == (layer, role)).map(|m| m.names())
+}
+
 impl PeftAdapter {
     /// The factor on `B A x`.
     pub fn scale(&self, t: &PeftTensor) -> f32 {

@@ -114,7 +114,7 @@ impl<B: Train> Model<B> {
         if let Some(dw) = grad!(Down) {
             be.linear_bwd_w(dw, dy, z, rows)?;
         }
-        through!(Down, dz, z, [(Down, dy, &l.down)]);
+        through!(Down, dz, z, [(Down, dy, &*l.down)]);
         be.glu_bwd(room.dgate.head_mut(ng), room.dup.head_mut(ng), room.dz.head(ng), gate, up, cfg.activation)?;
         let h = match &s.operands {
             Some([_, h, _]) => h.head(n),
@@ -129,7 +129,7 @@ impl<B: Train> Model<B> {
                 be.linear_bwd_w(dw, dy, h, rows)?;
             }
         }
-        through!(GateUp, dh, h, [(Gate, dgate, &l.gate), (Up, dup, &l.up)]);
+        through!(GateUp, dh, h, [(Gate, dgate, &*l.gate), (Up, dup, &*l.up)]);
         let dw = grad!(MlpNorm);
         be.rms_norm_bwd(room.dx.head_mut(n), dw, room.dh.head(n), s.mid.head(n), &l.mlp_norm, eps, Write::Add)?;
 
@@ -146,7 +146,7 @@ impl<B: Train> Model<B> {
         if let Some(dw) = grad!(O) {
             be.linear_bwd_w(dw, dy, a, rows)?;
         }
-        through!(O, da, a, [(O, dy, &l.o)]);
+        through!(O, da, a, [(O, dy, &*l.o)]);
         be.attend_bwd(
             room.dq.head_mut(nq),
             room.dk.head_mut(nk),

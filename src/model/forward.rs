@@ -113,7 +113,7 @@ impl<B: Backend> Model<B> {
             };
             let (nq, nk) = (rows * spec.q_dim(), rows * spec.kv_dim());
             be.rms_norm(ws.h.head_mut(n), ws.x.head(n), &l.attn_norm, eps)?;
-            let qkv = [&l.q, &l.k, &l.v];
+            let qkv = [&*l.q, &*l.k, &*l.v];
             be.qkv(ws.q.head_mut(nq), ws.k.head_mut(nk), ws.v.head_mut(nk), ws.h.head(n), qkv)?;
             if let Some([q_norm, k_norm]) = &l.qk_norm {
                 be.head_norm(ws.q.head_mut(nq), q_norm, eps)?;

@@ -68,7 +68,7 @@ impl<B: Train> Model<B> {
     /// Brings the masters' values into the matrices that products read.
     ///
     /// # Errors
-    /// The device's; weights that another model shares ([`Model::of_layers`]).
+    /// The device's; weights that another model shares ([`Model::of_layers`], [`Model::merged`]).
     pub fn refresh(&mut self, full: &Full<B>) -> Result<()> {
         ensure!(!self.weights.shared(), Unsupported, "weights that another model shares cannot be trained");
         for (role, p) in full.params() {
@@ -84,31 +84,38 @@ impl<B: Train> Model<B> {
 
     fn place(&mut self, role: Role) -> Option<Place<'_, B>> {
         use LayerRole::*;
-        fn linear<B: Backend>(l: &mut Linear<B>, bias: bool) -> Option<Place<'_, B>> {
+        fn matrix<W, B: Backend<Weight = W>>(w: &mut Arc<W>) -> Option<Place<'_, B>> {
+            Arc::get_mut(w).map(Place::Matrix)
+        }
+        fn vector<B: Backend>(v: &mut Arc<B::Buf<B::Acc>>) -> Option<Place<'_, B>> {
+            Arc::get_mut(v).map(Place::Vector)
+        }
+        fn linear<B: Backend>(l: &mut Arc<Linear<B>>, bias: bool) -> Option<Place<'_, B>> {
+            let l = Arc::get_mut(l)?;
             if bias { l.bias.as_mut().map(Place::Vector) } else { Some(Place::Matrix(&mut l.w)) }
         }
         let w = &mut self.weights;
         let (i, role) = match role {
-            Role::Embed => return Arc::get_mut(&mut w.embed).map(Place::Matrix),
-            Role::Head => return w.head.as_mut().and_then(Arc::get_mut).map(Place::Matrix),
-            Role::FinalNorm => return Arc::get_mut(&mut w.final_norm).map(Place::Vector),
+            Role::Embed => return matrix(&mut w.embed),
+            Role::Head => return w.head.as_mut().and_then(matrix),
+            Role::FinalNorm => return vector(&mut w.final_norm),
             Role::Layer(i, role) => (i, role),
         };
-        let l = Arc::get_mut(&mut w.layers[i])?;
+        let l = &mut w.layers[i];
         match role {
-            AttnNorm => Some(Place::Vector(&mut l.attn_norm)),
-            MlpNorm => Some(Place::Vector(&mut l.mlp_norm)),
+            AttnNorm => vector(&mut l.attn_norm),
+            MlpNorm => vector(&mut l.mlp_norm),
             Q | QBias => linear(&mut l.q, role == QBias),
             K | KBias => linear(&mut l.k, role == KBias),
             V | VBias => linear(&mut l.v, role == VBias),
-            QNorm => l.qk_norm.as_mut().map(|n| Place::Vector(&mut n[0])),
-            KNorm => l.qk_norm.as_mut().map(|n| Place::Vector(&mut n[1])),
-            PostAttnNorm => l.post_norms.as_mut().map(|n| Place::Vector(&mut n[0])),
-            PostMlpNorm => l.post_norms.as_mut().map(|n| Place::Vector(&mut n[1])),
-            O => Some(Place::Matrix(&mut l.o)),
-            Gate => Some(Place::Matrix(&mut l.gate)),
-            Up => Some(Place::Matrix(&mut l.up)),
-            Down => Some(Place::Matrix(&mut l.down)),
+            QNorm => l.qk_norm.as_mut().and_then(|n| vector(&mut n[0])),
+            KNorm => l.qk_norm.as_mut().and_then(|n| vector(&mut n[1])),
+            PostAttnNorm => l.post_norms.as_mut().and_then(|n| vector(&mut n[0])),
+            PostMlpNorm => l.post_norms.as_mut().and_then(|n| vector(&mut n[1])),
+            O => matrix(&mut l.o),
+            Gate => matrix(&mut l.gate),
+            Up => matrix(&mut l.up),
+            Down => matrix(&mut l.down),
         }
     }
 }

@@ -107,4 +107,16 @@ impl<B: Backend> KvCache<B> {
         be.kv_copy(&mut kv, &self.kv, self.len)?;
         Ok(Self { kv, staged: 0, ..*self })
     }
+
+    /// Takes over the first `len` committed rows of `other` in place of its own.
+    ///
+    /// # Errors
+    /// Rows that `other` has not, or that do not fit; a cache of another shape.
+    pub fn follow(&mut self, be: &B, other: &Self, len: usize) -> Result<()> {
+        let fits = len <= other.len && len <= self.capacity && (self.layers, self.dim) == (other.layers, other.dim);
+        ensure!(fits, Shape, "cannot take over {len} rows of {} into {}", other.len, self.capacity);
+        be.kv_copy(&mut self.kv, &other.kv, len)?;
+        (self.len, self.staged) = (len, 0);
+        Ok(())
+    }
 }

@@ -6,6 +6,7 @@ pub mod forward;
 mod full;
 pub mod kv;
 pub mod lora;
+mod merge;
 pub mod roles;
 mod saved;
 mod training;

@@ -238,4 +238,23 @@ impl<B: Train> Model<B> {
         }
         Ok(losses)
     }
+
+    /// The likeliest token behind each wanted row of the last pass.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn likeliest(&self, pass: &Pass, saved: &Saved<B>, head: &mut Head<B>) -> Result<Vec<u32>> {
+        let (be, cfg, n) = (&*self.be, &self.cfg, pass.wanted.len());
+        let (mut stats, mut argmax) = (be.alloc(3 * head.tile)?, be.alloc(head.tile)?);
+        let mut tokens = vec![0; n];
+        for first in (0..n).step_by(head.tile) {
+            let r = first..n.min(first + head.tile);
+            let (rows, nv) = (r.len(), r.len() * cfg.vocab);
+            let x = saved.out.view(first * cfg.hidden..r.end * cfg.hidden);
+            be.linear_fwd(head.logits.head_mut(nv), x, self.vocabulary(), None, Write::Set)?;
+            be.logits_stats(stats.head_mut(3 * rows), argmax.head_mut(rows), head.logits.head(nv), cfg.vocab)?;
+            be.download(argmax.head(rows), &mut tokens[r])?;
+        }
+        Ok(tokens)
+    }
 }

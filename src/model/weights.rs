@@ -7,26 +7,48 @@ use super::roles::{LayerRole, Role, TensorSource};
 use crate::backend::{Backend, Buffer, Linear, WeightInfo};
 use crate::error::{Context, Result, ensure};
 
+/// The weight of a norm.
+type Norm<B> = Arc<<B as Backend>::Buf<<B as Backend>::Acc>>;
+
 /// Weights of one layer. Optional parts are there exactly if the config says so.
 pub struct LayerWeights<B: Backend> {
-    pub(super) attn_norm: B::Buf<B::Acc>,
-    pub(super) q: Linear<B>,
-    pub(super) k: Linear<B>,
-    pub(super) v: Linear<B>,
-    pub(super) qk_norm: Option<[B::Buf<B::Acc>; 2]>,
-    pub(super) o: B::Weight,
-    pub(super) post_norms: Option<[B::Buf<B::Acc>; 2]>,
-    pub(super) mlp_norm: B::Buf<B::Acc>,
-    pub(super) gate: B::Weight,
-    pub(super) up: B::Weight,
-    pub(super) down: B::Weight,
+    pub(super) attn_norm: Norm<B>,
+    pub(super) q: Arc<Linear<B>>,
+    pub(super) k: Arc<Linear<B>>,
+    pub(super) v: Arc<Linear<B>>,
+    pub(super) qk_norm: Option<[Norm<B>; 2]>,
+    pub(super) o: Arc<B::Weight>,
+    pub(super) post_norms: Option<[Norm<B>; 2]>,
+    pub(super) mlp_norm: Norm<B>,
+    pub(super) gate: Arc<B::Weight>,
+    pub(super) up: Arc<B::Weight>,
+    pub(super) down: Arc<B::Weight>,
 }
 
-/// All weights of a decoder. Models that are made of one another's layers share them.
+/// The same weights, shared.
+impl<B: Backend> Clone for LayerWeights<B> {
+    fn clone(&self) -> Self {
+        Self {
+            attn_norm: self.attn_norm.clone(),
+            q: self.q.clone(),
+            k: self.k.clone(),
+            v: self.v.clone(),
+            qk_norm: self.qk_norm.clone(),
+            o: self.o.clone(),
+            post_norms: self.post_norms.clone(),
+            mlp_norm: self.mlp_norm.clone(),
+            gate: self.gate.clone(),
+            up: self.up.clone(),
+            down: self.down.clone(),
+        }
+    }
+}
+
+/// All weights of a decoder. Models that are made of one another share them, at least the embedding.
 pub struct Weights<B: Backend> {
     pub(super) embed: Arc<B::Weight>,
-    pub(super) layers: Vec<Arc<LayerWeights<B>>>,
-    pub(super) final_norm: Arc<B::Buf<B::Acc>>,
+    pub(super) layers: Vec<LayerWeights<B>>,
+    pub(super) final_norm: Norm<B>,
     /// `None`: the embedding.
     pub(super) head: Option<Arc<B::Weight>>,
 }
@@ -34,7 +56,7 @@ pub struct Weights<B: Backend> {
 impl<B: Backend> Weights<B> {
     /// Whether another model has some of them too.
     pub(super) fn shared(&self) -> bool {
-        Arc::strong_count(&self.embed) > 1 || self.layers.iter().any(|l| Arc::strong_count(l) > 1)
+        Arc::strong_count(&self.embed) > 1
     }
 }
 
@@ -77,24 +99,25 @@ impl<B: Backend> Model<B> {
         for i in 0..cfg.layers {
             use LayerRole::*;
             let at = |r: LayerRole| Role::Layer(i, r);
-            let pair = |on: bool, a, b| on.then(|| Ok([vector(at(a))?, vector(at(b))?])).transpose();
+            let pair =
+                |on: bool, a, b| on.then(|| Ok([Arc::new(vector(at(a))?), Arc::new(vector(at(b))?)])).transpose();
             let mut linear = |w, b| {
                 let bias = cfg.qkv_bias.then(|| vector(at(b))).transpose()?;
-                Ok(Linear { w: matrix(at(w))?, bias })
+                Ok(Arc::new(Linear { w: matrix(at(w))?, bias }))
             };
-            layers.push(Arc::new(LayerWeights {
-                attn_norm: vector(at(AttnNorm))?,
+            layers.push(LayerWeights {
+                attn_norm: Arc::new(vector(at(AttnNorm))?),
                 q: linear(Q, QBias)?,
                 k: linear(K, KBias)?,
                 v: linear(V, VBias)?,
                 qk_norm: pair(cfg.qk_norm, QNorm, KNorm)?,
-                o: matrix(at(O))?,
+                o: Arc::new(matrix(at(O))?),
                 post_norms: pair(cfg.post_norms, PostAttnNorm, PostMlpNorm)?,
-                mlp_norm: vector(at(MlpNorm))?,
-                gate: matrix(at(Gate))?,
-                up: matrix(at(Up))?,
-                down: matrix(at(Down))?,
-            }));
+                mlp_norm: Arc::new(vector(at(MlpNorm))?),
+                gate: Arc::new(matrix(at(Gate))?),
+                up: Arc::new(matrix(at(Up))?),
+                down: Arc::new(matrix(at(Down))?),
+            });
         }
         let final_norm = Arc::new(vector(Role::FinalNorm)?);
         let head = (!cfg.tied).then(|| matrix(Role::Head).map(Arc::new)).transpose()?;
@@ -167,7 +190,7 @@ impl<B: Backend> Model<B> {
         let w = &self.weights;
         w.layers
             .iter()
-            .flat_map(|l| [&l.q.w, &l.k.w, &l.v.w, &l.o, &l.gate, &l.up, &l.down])
+            .flat_map(|l| [&l.q.w, &l.k.w, &l.v.w, &*l.o, &*l.gate, &*l.up, &*l.down])
             .chain(std::iter::once(&*w.embed))
             .chain(w.head.as_deref())
     }

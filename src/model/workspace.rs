@@ -1,6 +1,8 @@
 //! Buffers of a forward pass, planned once: no allocation happens in a step.
 
 use super::config::ModelConfig;
+use std::ops::Range;
+
 use crate::backend::{Backend, Buffer, In, Out};
 use crate::error::{Result, ensure};
 
@@ -110,6 +112,11 @@ impl<B: Backend> Workspace<B> {
     /// The first `rows` logit rows of the last pass, where they are: for what samples and verifies on the device.
     pub fn logit_rows(&self, rows: usize) -> In<'_, B, B::Acc> {
         self.logits.head(rows * self.vocab)
+    }
+
+    /// Of [`Workspace::logit_rows`], these.
+    pub fn logit_range(&self, rows: Range<usize>) -> In<'_, B, B::Acc> {
+        self.logits.view(rows.start * self.vocab..rows.end * self.vocab)
     }
 
     /// The layers at whose inputs the residual stream is kept.

@@ -177,6 +177,38 @@ impl<B: Train> Optimizer<B> {
         Ok(Stepped { grad_norm, lr: f64::from(lr) })
     }
 
+    /// Takes over the states of an optimiser of the same tensors.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn copy_from(&mut self, be: &B, from: &Self) -> Result<()> {
+        let pairs = self.states.iter_mut().zip(&from.states).flat_map(|(to, from)| to.iter_mut().zip(from));
+        for (to, from) in pairs {
+            let n = from.len();
+            be.copy(to.head_mut(n), from.head(n))?;
+        }
+        self.steps = from.steps;
+        Ok(())
+    }
+
+    /// Multiplies the learning rate from now on.
+    pub fn scale_rate(&mut self, by: f32) {
+        self.settings.lr *= by;
+    }
+
+    /// Takes an optimistic rule's hint back: the anchor is played. Others have none.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn forget_hint<'p>(&self, be: &B, params: impl Iterator<Item = &'p mut Param<B>>) -> Result<()> {
+        let Some(anchor) = self.settings.rule().anchor() else { return Ok(()) };
+        for (p, states) in params.filter(|p| p.g.is_some()).zip(&self.states) {
+            let n = p.len();
+            be.copy(p.w.head_mut(n), states[anchor].head(n))?;
+        }
+        Ok(())
+    }
+
     /// Every state as f32 with a name that goes with its tensor's.
     pub fn to_host<'p>(&self, be: &B, params: impl Iterator<Item = &'p Param<B>>) -> Result<Vec<NamedTensor>> {
         let mut all = Vec::new();

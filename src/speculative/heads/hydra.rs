@@ -24,7 +24,7 @@ use crate::speculative::choices::Vocabulary;
 use crate::speculative::{Budget, Draft, DraftTree, Pool};
 
 /// The published name of the prefix layer, as it is spelt.
-pub(super) const PREFIX: &str = "prefix_embeding_layer";
+pub(in crate::speculative) const PREFIX: &str = "prefix_embeding_layer";
 
 struct Mlp<B: Backend> {
     straight: Linear<B>,

@@ -20,6 +20,7 @@ mod source;
 use std::fmt;
 use std::sync::Arc;
 
+pub(super) use self::hydra::PREFIX as HYDRA_PREFIX;
 use self::source::Source;
 use super::Draft;
 use crate::backend::Backend;

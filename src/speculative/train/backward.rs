@@ -118,7 +118,7 @@ impl<B: Train> EagleHead<B> {
 
 /// A norm's weight and its gradient.
 #[allow(clippy::type_complexity)]
-fn parts<B: Train>(p: &mut Param<B>) -> (&B::Buf<B::Acc>, Option<Out<'_, B, B::Acc>>) {
+pub(super) fn parts<B: Train>(p: &mut Param<B>) -> (&B::Buf<B::Acc>, Option<Out<'_, B, B::Acc>>) {
     let n = p.len();
     (&p.w, p.g.as_mut().map(|g| g.head_mut(n)))
 }

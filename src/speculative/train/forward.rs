@@ -1,10 +1,12 @@
 //! Forward pass of a head under training-time test (Li et al. 2025, arXiv:2503.01840): step 0 reads the target's features, each later
 //! step what the step before made of them, as drafting does.
 
+use super::layer::rotations;
+use super::logits::{RowsSaid, tiles};
 use super::pass::HeadPass;
-use super::saved::{HeadSaved, TILE};
+use super::saved::HeadSaved;
 use super::weights::{EagleHead, Linear, grad};
-use crate::backend::{Backend, Buffer, In, Target, Train, Write};
+use crate::backend::{Backend, Buffer, Train, Write};
 use crate::dtype::Real;
 use crate::error::{Result, ensure};
 
@@ -71,22 +73,12 @@ impl<B: Train> EagleHead<B> {
         let x = saved.x.each_ref().map(|x| x.head(n * d));
         product!(be, saved.k.head_mut(n * kv), self.k, x);
         product!(be, saved.v.head_mut(n * kv), self.v, x);
-        self.rotations(be, pass.positions.iter().map(|&p| p as usize), &mut saved.rope)?;
+        let positions = pass.positions.iter().map(|&p| p as usize);
+        rotations(be, &cfg.rope, hd, positions, &mut saved.rope)?;
         be.rope(saved.k.head_mut(n * kv), saved.rope[0].head(n * hd), hd)?;
 
         be.gather_rows(saved.first.head_mut(slots * d), saved.g.head(n * d), &pass.slots, d)?;
         (0..saved.steps.len()).try_for_each(|i| self.step(be, embedding, pass, saved, i))
-    }
-
-    /// Rotations of these positions, and their inverses.
-    fn rotations(&self, be: &B, positions: impl Iterator<Item = usize>, to: &mut [B::Buf<B::Acc>; 2]) -> Result<()> {
-        let hd = self.cfg.attention.head_dim;
-        let positions: Vec<usize> = positions.collect();
-        let mut table = vec![0.0; positions.len() * hd];
-        self.cfg.rope.fill(positions.into_iter(), hd, &mut table);
-        be.upload_acc(to[0].head_mut(table.len()), &table)?;
-        table.chunks_exact_mut(hd).for_each(|row| row[hd / 2..].iter_mut().for_each(|sin| *sin = -*sin));
-        be.upload_acc(to[1].head_mut(table.len()), &table)
     }
 
     fn step(
@@ -111,8 +103,10 @@ impl<B: Train> EagleHead<B> {
         be.rms_norm(s.x[1].head_mut(n), g, &self.hidden_norm.w, eps)?;
         let x = s.x.each_ref().map(|x| x.head(n));
         let positions = pass.slots.iter().map(|&r| pass.positions[r as usize] as usize + i);
-        self.rotations(be, positions, &mut s.rope)?;
+        rotations(be, &cfg.rope, hd, positions, &mut s.rope)?;
         let rope = s.rope[0].head(slots * hd);
+        // Nobody asks for the others, but what a diverged pass left there would spread.
+        be.zero(s.q.head_mut(own * qd))?;
         product!(be, rows!(mut s.q, own, slots, qd), self.q, x);
         be.rope(rows!(mut s.q, own, slots, qd), rope, hd)?;
         if i > 0 {
@@ -149,40 +143,25 @@ impl<B: Train> EagleHead<B> {
         with_grad: bool,
         tokens: bool,
     ) -> Result<Said> {
-        let (d, vocab, slots) = (self.cfg.hidden, self.cfg.vocab, pass.slots());
+        let (d, slots) = (self.cfg.hidden, pass.slots());
         let mut said = Said::default();
         let HeadSaved { steps, room, .. } = saved;
         ensure!(weights.len() == steps.len(), Shape, "{} weights of {} steps", weights.len(), steps.len());
         for (i, s) in steps.iter_mut().enumerate() {
             let rows = pass.step(i, weights[i]);
-            let (mut loss, mut token) = (vec![0.0; slots], vec![0; if tokens { slots } else { 0 }]);
-            for at in (0..slots).step_by(TILE) {
-                let n = TILE.min(slots - at);
-                let x: In<'_, B, B::Act> = rows!(s.normed, at, n, d);
-                be.linear_fwd(room.logits.head_mut(n * vocab), x, &self.lm_head.w, None, Write::Set)?;
-                if tokens {
-                    let (stats, argmax) = (room.stats.head_mut(3 * n), room.argmax.head_mut(n));
-                    be.logits_stats(stats, argmax, room.logits.head(n * vocab), vocab)?;
-                    be.download(room.argmax.head(n), &mut token[at..at + n])?;
-                }
-                let of = at * pass.k..(at + n) * pass.k;
-                let target = Target::TopK { ids: &rows.ids[of.clone()], p: &rows.p[of], k: pass.k, tail: true };
-                let weights = &rows.weights[at..at + n];
-                be.loss_rows(room.loss.head_mut(n), room.logits.head_mut(n * vocab), &target, weights)?;
-                let mut values = vec![B::Acc::default(); n];
-                be.download(room.loss.head(n), &mut values)?;
-                let each = loss[at..].iter_mut().zip(values).zip(weights);
-                each.filter(|(_, w)| **w > 0.0).for_each(|((to, l), _)| *to = l.to_f64());
+            let mut of = RowsSaid::default();
+            for tile in tiles(slots) {
+                let (at, n) = (tile.start, tile.len());
+                let (Linear { p, w }, x) = (&mut self.lm_head, rows!(s.normed, at, n, d));
+                let dz = room.logits.say(be, x, (&*w, None), &rows, pass.k, tile, tokens, &mut of)?;
                 if with_grad {
-                    let Linear { p, w } = &mut self.lm_head;
-                    let dz = room.logits.head(n * vocab);
                     be.linear_bwd_w(grad(p), dz, x, n)?;
                     be.linear_bwd_x(rows!(mut s.dnormed, at, n, d), dz, w, Write::Set)?;
                 }
             }
-            said.loss.push(loss);
+            said.loss.push(of.loss);
             if tokens {
-                said.token.push(token);
+                said.token.push(of.token);
             }
         }
         Ok(said)

@@ -1,5 +1,7 @@
 //! What a head is trained on: sequences with the target's features and what the target would have said, packed into passes.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::weights::HeadConfig;
@@ -37,6 +39,23 @@ pub struct Sequence {
 /// Rows and trained slots of a sequence of `tokens` tokens with a prompt of `prompt`; `None` where it has nothing to train on.
 pub fn extent(prompt: usize, tokens: usize) -> Option<[usize; 2]> {
     (prompt > 0 && tokens > prompt + 1).then(|| [tokens - 2, tokens - prompt - 1])
+}
+
+/// Neighbours of these sizes in as few groups as hold up to `most` each.
+pub(super) fn within(sizes: impl Iterator<Item = usize>, most: usize) -> Result<Vec<Range<usize>>> {
+    let (mut groups, mut total) = (Vec::<Range<usize>>::new(), 0);
+    for (i, n) in sizes.enumerate() {
+        ensure!(n <= most, Capacity, "a sequence of {n} rows in a training pass; {most} are planned");
+        match groups.last_mut() {
+            Some(last) if total + n <= most => last.end += 1,
+            _ => {
+                groups.push(i..i + 1);
+                total = 0;
+            }
+        }
+        total += n;
+    }
+    Ok(groups)
 }
 
 /// The tokens that a head knows.
@@ -78,6 +97,12 @@ impl DraftVocab {
         all.truncate(n);
         all.sort_unstable();
         Self::new(all, target)
+    }
+
+    /// All of the target's tokens.
+    pub fn all(target: usize) -> Self {
+        let same: Vec<u32> = (0..target as u32).collect();
+        Self { d2t: same.clone(), t2d: same }
     }
 
     /// The target's token of each of the head's.
@@ -162,6 +187,25 @@ impl HeadPass {
             }
         }
         Ok(pass)
+    }
+
+    /// `sequences` in passes of up to `rows` rows, in their order; those without a slot are left out.
+    ///
+    /// # Errors
+    /// As [`HeadPass::new`]; a sequence of more rows.
+    pub fn packed(
+        cfg: &HeadConfig,
+        sequences: &[&Sequence],
+        vocab: &DraftVocab,
+        k: usize,
+        rows: usize,
+    ) -> Result<Vec<Self>> {
+        let size = |s: &Sequence| extent(s.prompt, s.tokens.len()).map_or(0, |[rows, _]| rows);
+        let trained: Vec<&Sequence> = sequences.iter().copied().filter(|s| size(s) > 0).collect();
+        within(trained.iter().map(|s| size(s)), rows)?
+            .into_iter()
+            .map(|r| Self::new(cfg, &trained[r], vocab, k))
+            .collect()
     }
 
     fn teach(&mut self, ids: &[u32], p: &[f32], vocab: &DraftVocab) {

@@ -1,11 +1,9 @@
 //! What the forward pass of a head keeps for its backward, and the room that both work in.
 
+use super::logits::Logits;
 use super::weights::HeadConfig;
 use crate::backend::{Backend, Train};
 use crate::error::{Result, ensure};
-
-/// Rows of logits that exist at a time.
-pub(super) const TILE: usize = 256;
 
 /// One unrolled step.
 pub(super) struct StepSaved<B: Backend> {
@@ -51,10 +49,7 @@ pub struct HeadSaved<B: Backend> {
 }
 
 pub(super) struct HeadRoom<B: Backend> {
-    pub(super) logits: B::Buf<B::Acc>,
-    pub(super) loss: B::Buf<B::Acc>,
-    pub(super) stats: B::Buf<B::Acc>,
-    pub(super) argmax: B::Buf<u32>,
+    pub(super) logits: Logits<B>,
     /// Gradients, by what they are of: `g` of the slots and of all rows, normed things, the MLP's.
     pub(super) dx: B::Buf<B::Acc>,
     pub(super) dg: B::Buf<B::Acc>,
@@ -114,10 +109,7 @@ impl<B: Train> HeadSaved<B> {
             k: acc(keys, kv)?,
             v: acc(keys, kv)?,
             room: HeadRoom {
-                logits: acc(TILE, cfg.vocab)?,
-                loss: acc(TILE, 1)?,
-                stats: acc(TILE, 3)?,
-                argmax: be.alloc(TILE)?,
+                logits: Logits::new(be, cfg.vocab)?,
                 dx: acc(rows, d)?,
                 dg: acc(rows, d)?,
                 dh: [acc(rows, d)?, acc(rows, d)?],

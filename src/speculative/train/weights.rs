@@ -184,9 +184,10 @@ impl<B: Train> EagleHead<B> {
             let of = |n: &str| n == name || n.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
             let parts: Vec<&Vec<f32>> = values.iter().filter(|(n, _)| of(n)).map(|(_, v)| v).collect();
             let width = cols / parts.len();
-            let all = (0..rows).flat_map(|r| parts.iter().flat_map(move |p| &p[r * width..][..width])).copied();
+            let mut all = Vec::with_capacity(rows * cols);
+            (0..rows).for_each(|r| parts.iter().for_each(|p| all.extend_from_slice(&p[r * width..][..width])));
             let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
-            (name.to_owned(), shape, all.collect())
+            (name.to_owned(), shape, all)
         };
         Ok(self.cfg.tensors().map(tensor).into())
     }
