@@ -9,11 +9,12 @@ use common::cpus;
 use quadriga::backend::Backend;
 use quadriga::backend::naive::Naive;
 use quadriga::decode::{Autoregressive, Decoder, Sampler, Session};
+use quadriga::engine::{Device, DraftKind, Engine, EngineOptions, Generate, Speculation};
 use quadriga::error::Result;
 use quadriga::format::Checkpoint;
 use quadriga::model::Model;
 use quadriga::rng::Rng;
-use quadriga::speculative::{Budget, CostModel, Curve, Draft, DraftTree, Lookup, Mixed, Plan, Speculative};
+use quadriga::speculative::{Budget, CostModel, Curve, Draft, DraftTree, Lookup, Memory, Mixed, Plan, Speculative};
 
 const BUDGET: Budget = Budget::new(12, 6, 3);
 
@@ -224,4 +225,135 @@ fn costs_are_measured_and_steps_are_reproducible() {
     let cost = CostModel { pass: Curve::new(&[(1, 1.0), (13, 1.2)]), draft_fixed: 1.0, ..CostModel::default() };
     let (steps, asked) = run(Plan::reproducible(cost));
     assert!(asked <= 2 && steps.iter().max() > Some(&2), "{asked}, {steps:?}");
+}
+
+/// Steps that it takes to say `text` behind its first `given` tokens, and tokens of the longest; then the text is over.
+fn replayed(lookup: &mut Lookup, text: &[u32], given: usize) -> (usize, usize) {
+    let (mut at, mut steps, mut longest) = (given, 0, 0);
+    while at < text.len() {
+        let tree = proposed(lookup, &text[..at], Budget::new(16, 16, 4));
+        let (mut node, before) = (0, at);
+        while let Some(child) =
+            (1..tree.len()).find(|&i| tree.parents()[i] == node && text.get(at) == Some(&tree.tokens()[i]))
+        {
+            (node, at) = (child as u32, at + 1);
+        }
+        (at, steps, longest) = (at + 1, steps + 1, longest.max(at - before));
+    }
+    <Lookup as Draft<Naive>>::finish(lookup, text);
+    (steps, longest)
+}
+
+#[test]
+fn earlier_texts_are_remembered() {
+    let mut rng = Rng::new(5);
+    let memory = Arc::new(Memory::default());
+    let texts: Vec<Vec<u32>> = (0..3).map(|_| (0..1500).map(|_| rng.below(5000) as u32).collect()).collect();
+    let now = || Lookup::with_memory(memory.clone());
+    for text in &texts {
+        assert!(replayed(&mut now(), text, 40).0 > 1000, "noise that nobody has seen");
+    }
+    let held = memory.len();
+    for text in &texts {
+        let (steps, longest) = replayed(&mut now(), text, 40);
+        assert!(steps < 120 && longest == 16, "{steps} steps, longest {longest}");
+        // Without it nothing has been learnt.
+        assert!(replayed(&mut Lookup::default(), text, 40).0 > 1000);
+    }
+    assert_eq!(memory.len(), held, "nothing was new");
+    // One lookup that follows several texts, and a second turn.
+    let mut one = now();
+    let turns = [&texts[1][..], &texts[0][..700]].concat();
+    assert!(replayed(&mut one, &turns, 1500).0 < 80 && memory.len() > held);
+    assert!(replayed(&mut now(), &turns, 1490).0 < 80);
+    memory.forget();
+    assert!(replayed(&mut now(), &texts[0], 40).0 > 1000);
+}
+
+#[test]
+fn the_same_texts_give_the_same_drafts_also_when_saved() {
+    let text = |seed| (0..400).scan(Rng::new(seed), |r, _| Some(r.below(12) as u32)).collect::<Vec<u32>>();
+    let taught = || {
+        let memory = Arc::new(Memory::new(900));
+        for seed in [1, 2, 3, 1] {
+            replayed(&mut Lookup::with_memory(memory.clone()), &text(seed), 10);
+        }
+        memory
+    };
+    let (first, second) = (taught(), taught());
+    assert_eq!(first.to_bytes(), second.to_bytes());
+    let third = Arc::new(Memory::from_bytes(&first.to_bytes()).unwrap());
+    let mut lookups = [first, second, third].map(Lookup::with_memory);
+    let (text, mut drafted) = (text(3), 0);
+    for n in (50..400).step_by(7) {
+        let [a, b, c] = lookups.each_mut().map(|l| proposed(l, &text[..n], BUDGET));
+        assert!(a == b && a == c, "{a:?}, {b:?}, {c:?}");
+        drafted += a.len() - 1;
+    }
+    assert!(drafted > 100);
+}
+
+#[test]
+fn two_threads_share_a_memory() {
+    let memory = Arc::new(Memory::new(20_000));
+    let text = |seed| (0..1300).scan(Rng::new(seed), |r, _| Some(r.below(4000) as u32)).collect::<Vec<u32>>();
+    std::thread::scope(|s| {
+        for thread in 0..2 {
+            let memory = &memory;
+            s.spawn(move || {
+                for round in 0..20 {
+                    // Each says what both say, in another order, and something of its own.
+                    for seed in [(round + thread) % 2, 10 + thread] {
+                        replayed(&mut Lookup::with_memory(memory.clone()), &text(seed), 20);
+                    }
+                    assert!(Memory::from_bytes(&memory.to_bytes()).is_ok());
+                }
+            });
+        }
+    });
+    assert!(memory.len() <= 20_000);
+    for seed in [0, 1, 10, 11] {
+        assert!(replayed(&mut Lookup::with_memory(memory.clone()), &text(seed), 20).0 < 120);
+    }
+}
+
+#[test]
+fn generations_fill_the_memory_and_say_the_same() {
+    let options = || EngineOptions::default().device(Device::Cpu).threads(2);
+    let open = |name: &str| Engine::open_with(common::root().join("models").join(name), options()).unwrap();
+    for name in ["tiny-llama", "tiny-text"] {
+        let engine = open(name);
+        let memory = Arc::new(Memory::default());
+        let own = engine.draft(&DraftKind::Layers(vec![0])).unwrap();
+        let draft = [engine.lookup_with(&memory).unwrap(), engine.with_memory(&own, &memory).unwrap()];
+        for sampler in [Sampler::greedy(), Sampler { temperature: 0.8, ..Sampler::greedy() }] {
+            let say = |how: Generate| {
+                let mut s = engine.session(120, 3).unwrap();
+                s.push_ids(&[5, 9, 11]).unwrap();
+                let mut passes = 0;
+                for turn in [&[7, 8][..], &[5]] {
+                    s.push_ids(turn).unwrap();
+                    let how = how.clone().max_tokens(40).ignore_eos(true);
+                    assert_eq!(s.generate(how).unwrap().map(|p| p.unwrap().id.iter().count()).sum::<usize>(), 40);
+                    passes += s.stats().forwards;
+                }
+                (s.tokens().to_vec(), passes)
+            };
+            let (plain, _) = say(Generate::default().sampler(sampler));
+            for draft in &draft {
+                let how = Generate::default().speculative(sampler, draft, Speculation::default().nodes(12));
+                let (first, _) = say(how.clone());
+                let held = memory.len();
+                let (second, passes) = say(how);
+                assert!(first == plain && second == plain, "{name}, {sampler:?}");
+                assert!(passes < 20, "{name}, {sampler:?}: {passes} passes for a text that it knows");
+                assert_eq!(memory.len(), held);
+            }
+        }
+        assert!(memory.len() >= 80);
+    }
+    let memory = Memory::default();
+    memory.add(&[3, 100_000]);
+    let e = open("tiny-llama").lookup_with(&Arc::new(memory)).err().unwrap().to_string();
+    assert!(e.contains("token 100000") && e.contains("384"), "{e}");
 }

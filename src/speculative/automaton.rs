@@ -51,16 +51,25 @@ pub(super) struct Continuation {
     /// Where last.
     pub end: u32,
     /// The state behind it.
-    pub to: u32,
+    to: u32,
 }
 
-impl Automaton {
+/// A substring: its state and its length.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Cursor {
+    state: u32,
+    pub len: usize,
+}
+
+impl Default for Automaton {
     /// Of an empty text.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let root = State { len: 0, link: NONE, count: 0, end: 0, edge: NONE };
         Self { states: vec![root], edges: Vec::new(), find: HashMap::new(), text: Vec::new(), last: 0 }
     }
+}
 
+impl Automaton {
     /// Back to an empty text.
     pub fn clear(&mut self) {
         self.states.truncate(1);
@@ -77,27 +86,55 @@ impl Automaton {
         &self.text
     }
 
-    /// The state of the longest suffix of the text that occurred before; the empty one has length 0.
-    pub fn suffix(&self) -> u32 {
-        self.shorter(self.last).unwrap_or(0)
+    /// The longest suffix of the text that occurred before.
+    pub fn suffix(&self) -> Cursor {
+        let state = Some(self.states[self.last as usize].link).filter(|l| *l != NONE).unwrap_or(0);
+        Cursor { state, len: self.len(state) }
     }
 
     /// Length of the longest substring of a state.
-    pub fn len(&self, state: u32) -> usize {
+    fn len(&self, state: u32) -> usize {
         self.states[state as usize].len as usize
     }
 
-    /// The state of the longest suffix that occurred elsewhere too; `None` for the empty one.
-    pub fn shorter(&self, state: u32) -> Option<u32> {
-        Some(self.states[state as usize].link).filter(|l| *l != NONE)
+    /// The longest suffix of `at` that occurred elsewhere too; `None` for the empty one.
+    pub fn shorter(&self, at: Cursor) -> Option<Cursor> {
+        let state = Some(self.states[at.state as usize].link).filter(|l| *l != NONE)?;
+        Some(Cursor { state, len: self.len(state) })
+    }
+
+    /// The longest suffix of `at` of up to `max` tokens.
+    pub fn within(&self, mut at: Cursor, max: usize) -> Cursor {
+        while let Some(shorter) = self.shorter(at).filter(|s| s.len >= max) {
+            at = shorter;
+        }
+        Cursor { len: at.len.min(max), ..at }
+    }
+
+    /// The longest suffix of `at` and `token` behind it that occurs in the text. Amortised O(1) a token, as at most one token is
+    /// won by each.
+    pub fn advance(&self, mut at: Cursor, token: u32) -> Cursor {
+        loop {
+            if let Some(&edge) = self.find.get(&(at.state, token)) {
+                return Cursor { state: self.edges[edge as usize].to, len: at.len + 1 };
+            }
+            match self.shorter(at) {
+                Some(shorter) => at = shorter,
+                None => return Cursor::default(),
+            }
+        }
     }
 
     fn knows(&self, state: u32, token: u32) -> bool {
         self.find.contains_key(&(state, token))
     }
 
-    /// What followed a state's substrings, what was new last first.
-    pub fn continuations(&self, state: u32) -> impl Iterator<Item = Continuation> {
+    /// What followed a substring, what was new last first.
+    pub fn continuations(&self, at: Cursor) -> impl Iterator<Item = Continuation> {
+        self.edges_of(at.state)
+    }
+
+    fn edges_of(&self, state: u32) -> impl Iterator<Item = Continuation> {
         let first = self.states[state as usize].edge;
         let edges = std::iter::successors(Some(first), |e| self.edges.get(*e as usize).map(|e| e.older));
         edges.map_while(|e| self.edges.get(e as usize)).map(|e| {
@@ -137,7 +174,7 @@ impl Automaton {
     /// Gives the substrings of `to` that are no longer than `len` a state of their own, which the suffixes from `at` on lead to.
     fn split(&mut self, mut at: u32, token: u32, to: u32, len: u32) -> u32 {
         let short = self.state(State { len, edge: NONE, ..self.states[to as usize] });
-        let mut edges: Vec<(u32, u32)> = self.continuations(to).map(|c| (c.token, c.to)).collect();
+        let mut edges: Vec<(u32, u32)> = self.edges_of(to).map(|c| (c.token, c.to)).collect();
         while let Some((token, to)) = edges.pop() {
             self.edge(short, token, to);
         }
@@ -189,17 +226,17 @@ mod tests {
                     _ => text.push(rng.below(alphabet) as u32),
                 }
             }
-            let mut sam = Automaton::new();
+            let mut sam = Automaton::default();
             sam.push(9);
             sam.clear();
             for (i, &t) in text.iter().enumerate() {
                 sam.push(t);
                 let now = &text[..=i];
                 let longest = (0..=i).rev().find(|&n| ends(now, &now[i + 1 - n..]).len() > 1 || n == 0).unwrap();
-                assert_eq!(sam.len(sam.suffix()), longest, "case {case}: {now:?}");
-                let mut state = Some(sam.suffix());
-                while let Some(s) = state.filter(|s| sam.len(*s) > 0) {
-                    let part = &now[i + 1 - sam.len(s)..];
+                assert_eq!(sam.suffix().len, longest, "case {case}: {now:?}");
+                let mut at = Some(sam.suffix());
+                while let Some(s) = at.filter(|s| s.len > 0) {
+                    let part = &now[i + 1 - s.len..];
                     for c in sam.continuations(s) {
                         let whole = ends(now, &[part, &[c.token]].concat());
                         assert!(!whole.is_empty());
@@ -210,7 +247,7 @@ mod tests {
                     let followed =
                         (0..alphabet as u32).filter(|t| !ends(now, &[part, &[*t]].concat()).is_empty()).count();
                     assert_eq!(sam.continuations(s).count(), followed, "case {case}: {now:?}");
-                    state = sam.shorter(s);
+                    at = sam.shorter(s);
                 }
             }
             assert!(sam.states.len() <= 2 * n + 8 && sam.edges.len() <= 3 * n + 8);

@@ -65,4 +65,7 @@ pub trait Draft<B: Backend>: Send {
 
     /// What verification kept of the last proposal: nodes of a path, node 0 first, and the target's token behind the last.
     fn verdict(&mut self, _tree: &DraftTree, _path: &[u32], _next: u32) {}
+
+    /// A text is over, or over for now: these are its tokens. Called once for every continuation.
+    fn finish(&mut self, _tokens: &[u32]) {}
 }
