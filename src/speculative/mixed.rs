@@ -13,7 +13,7 @@ const AGAIN: [u32; 2] = [64, 1024];
 /// A draft that costs nothing, as [`super::Lookup`], and one that costs passes. Where the first promises as many tokens a second
 /// as the second has been giving, it drafts alone; else the second is asked too, and both proposals become one tree.
 ///
-/// Nodes have source 0 where the first draft proposed them, else 1.
+/// Nodes have source 0 where the first draft proposed them, else 1, in the bits of [`DraftTree::DRAFT`].
 pub struct Mixed<B: Backend> {
     drafts: [Box<dyn Draft<B>>; 2],
     /// What each proposed last; the second may not have been asked.
@@ -41,6 +41,29 @@ impl<B: Backend> Mixed<B> {
         self.trees[i].set_source(i as u8);
         Ok(())
     }
+}
+
+/// Both drafts named a node.
+const AGREED: u8 = 0x10;
+/// The other draft named other tokens in its place, and not this one.
+const REFUSED: u8 = 0x20;
+
+/// Both proposals as one tree. A token that both name is right far more often than either says, one that the other could have named and did
+/// not far less: their sources say which it is, so that a plan learns how often.
+fn joined(first: &DraftTree, second: &DraftTree) -> DraftTree {
+    let (mut tree, by) = merge(&[first, second]);
+    let mut named = vec![0; tree.len()];
+    for i in 1..tree.len() {
+        named[tree.parents()[i] as usize] |= by[i];
+    }
+    let source = |i: usize| match (tree.sources()[i], by[i], named[tree.parents()[i] as usize]) {
+        (s, 3, _) => s | AGREED,
+        (s, _, 3) => s | REFUSED,
+        (s, ..) => s,
+    };
+    let sources = std::iter::once(0).chain((1..tree.len()).map(source)).collect();
+    tree.set_sources(sources);
+    tree
 }
 
 impl<B: Backend> Draft<B> for Mixed<B> {
@@ -82,7 +105,7 @@ impl<B: Backend> Draft<B> for Mixed<B> {
         self.ask(1, session, budget, last)?;
         // Not by the clock: reading a long prompt says nothing about later steps.
         let spent = budget.plan.map_or(0.0, |p| p.passes(&self.trees[1], budget.width));
-        *tree = cut(&merge(&[&self.trees[0], &self.trees[1]]).0, spent).0;
+        *tree = cut(&joined(&self.trees[0], &self.trees[1]), spent).0;
         self.time = budget.plan.map_or(1.0, |p| spent + p.cost().pass.at(tree.len()));
         Ok(())
     }
@@ -103,5 +126,29 @@ impl<B: Backend> Draft<B> for Mixed<B> {
             let (tokens, seconds) = self.gave;
             self.gave = (KEEP * tokens + path.len() as f64, KEEP * seconds + self.time);
         }
+    }
+
+    fn finish(&mut self, tokens: &[u32]) {
+        self.drafts.iter_mut().for_each(|d| d.finish(tokens));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_say_what_the_other_draft_named() {
+        let (mut a, mut b) = (DraftTree::new(7), DraftTree::new(7));
+        let two = a.push(0, 2, -0.5, 0);
+        a.push(two, 3, -0.1, 0);
+        a.push(0, 4, -2.0, 0);
+        let two = b.push(0, 2, -0.7, 1);
+        b.push(two, 5, -0.3, 1);
+        let nine = b.push(0, 9, -3.0, 1);
+        b.push(nine, 1, -0.2, 1);
+        let tree = joined(&a, &b);
+        let of = |token: u32| tree.sources()[tree.tokens().iter().position(|t| *t == token).unwrap()];
+        assert_eq!([2, 3, 4, 5, 9, 1].map(of), [AGREED, REFUSED, REFUSED, 1 | REFUSED, 1 | REFUSED, 1]);
     }
 }

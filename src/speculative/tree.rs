@@ -15,6 +15,10 @@ pub struct DraftTree {
 }
 
 impl DraftTree {
+    /// Bits of a node's source that say which draft named it; those above say what others named there, for those who learn how often
+    /// drafts are right.
+    pub const DRAFT: u8 = 0x0f;
+
     /// Node 0 alone.
     pub fn new(last: u32) -> Self {
         let mut tree = Self::default();
@@ -80,7 +84,7 @@ impl DraftTree {
         &self.scores
     }
 
-    /// Which of several drafts proposed a node; 0 where there is one.
+    /// Which of several drafts proposed a node, in the bits of [`DraftTree::DRAFT`]; 0 where there is one.
     pub fn sources(&self) -> &[u8] {
         &self.sources
     }
@@ -88,6 +92,12 @@ impl DraftTree {
     /// Says that one draft proposed all nodes.
     pub(super) fn set_source(&mut self, source: u8) {
         self.sources.fill(source);
+    }
+
+    /// Says which proposed each node.
+    pub(super) fn set_sources(&mut self, sources: Vec<u8>) {
+        debug_assert_eq!(sources.len(), self.len());
+        self.sources = sources;
     }
 
     /// The logarithm of the probability that the draft gives drafted node `i` behind its parent.
