@@ -1,5 +1,6 @@
 //! [`Session`]: one text in the making: its tokens, its cache, its random numbers.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Sampler;
@@ -52,6 +53,15 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// As [`Session::new`]; a tap behind the last layer.
     pub fn with_taps(model: Arc<Model<B>>, capacity: usize, seed: u64, taps: &[usize]) -> Result<Self> {
+        Self::of_rows(model, capacity, seed, taps, PREFILL_ROWS)
+    }
+
+    /// The same with a workspace of its own for no more than `rows` rows a pass: one is enough for a session whose passes are those
+    /// of [`super::Together`].
+    ///
+    /// # Errors
+    /// As [`Session::with_taps`].
+    pub fn of_rows(model: Arc<Model<B>>, capacity: usize, seed: u64, taps: &[usize], rows: usize) -> Result<Self> {
         let cfg = model.config();
         ensure!(
             (1..=cfg.context).contains(&capacity),
@@ -60,7 +70,7 @@ impl<B: Backend> Session<B> {
             cfg.context
         );
         let be = model.backend();
-        let rows = PREFILL_ROWS.min(capacity);
+        let rows = rows.min(capacity);
         let cache = KvCache::new(be, cfg, capacity)?;
         let ws = Workspace::with_taps(be, cfg, rows, LOGIT_ROWS.min(rows), taps)?;
         let features = taps.iter().map(|_| be.alloc(capacity * cfg.hidden)).collect::<Result<_>>()?;
@@ -99,6 +109,40 @@ impl<B: Backend> Session<B> {
         self.text.features[tap].head(self.text.cache.len() * self.model.config().hidden)
     }
 
+    /// `rows` of [`Session::features`].
+    ///
+    /// # Errors
+    /// Rows that are not committed.
+    pub fn feature_rows(&self, tap: usize, rows: Range<usize>) -> Result<In<'_, B, B::Acc>> {
+        let (d, len) = (self.model.config().hidden, self.text.cache.len());
+        ensure!(rows.start <= rows.end && rows.end <= len, Shape, "features of rows {rows:?} of {len}");
+        Ok(self.text.features[tap].view(rows.start * d..rows.end * d))
+    }
+
+    /// Becomes another continuation of the first `len` tokens of `other`, by the same random numbers, with what is computed of all
+    /// but the last of them: that one is pending.
+    ///
+    /// # Errors
+    /// No tokens, or more than `other` has; a session of another model, with other taps, or too long for this one.
+    pub fn follow(&mut self, other: &Self, len: usize) -> Result<()> {
+        let same = Arc::ptr_eq(&self.model, &other.model) && self.ws.taps().eq(other.ws.taps());
+        ensure!(same, Usage, "a session cannot follow one of another model, or with other taps");
+        let (n, d) = (other.tokens().len(), self.model.config().hidden);
+        ensure!((1..=n).contains(&len), Usage, "a session cannot follow {len} of {n} tokens");
+        let rows = other.text.cache.len().min(len - 1);
+        self.unstage();
+        let be = self.model.backend();
+        self.text.cache.follow(be, &other.text.cache, rows)?;
+        let every: Vec<u32> = (0..rows as u32).collect();
+        for (to, from) in self.text.features.iter_mut().zip(&other.text.features) {
+            be.gather_rows(to.head_mut(rows * d), from.head(rows * d), &every, d)?;
+        }
+        self.text.tokens.clear();
+        self.text.tokens.extend_from_slice(&other.tokens()[..len]);
+        (self.seed, self.stream) = (other.seed, other.stream);
+        Ok(())
+    }
+
     /// Appends tokens; they are computed by the next [`Session::advance`].
     pub fn push(&mut self, tokens: &[u32]) {
         self.text.tokens.extend_from_slice(tokens);
@@ -123,10 +167,7 @@ impl<B: Backend> Session<B> {
         ensure!(!self.tokens().is_empty(), Usage, "the prompt is empty: there is nothing to continue");
         let (n, capacity) = (self.tokens().len(), self.capacity());
         ensure!(n <= capacity, Capacity, "{n} tokens exceed the context of {capacity}");
-        // Logits of a truncated session have to be computed again from its last token.
-        if self.cache().len() == n {
-            self.text.cache.truncate(n - 1);
-        }
+        self.pending();
         let mut passes = 0;
         while self.cache().len() < n {
             let at = self.cache().len();
@@ -139,6 +180,16 @@ impl<B: Backend> Session<B> {
         }
         self.logits_at = n;
         Ok(passes)
+    }
+
+    /// Tokens to run through the model before the logits behind the last are known. At least one, unless there is none: logits of a
+    /// truncated session have to be computed again from its last token.
+    pub(crate) fn pending(&mut self) -> &[u32] {
+        let n = self.tokens().len();
+        if self.cache().len() == n {
+            self.text.cache.truncate(n.saturating_sub(1));
+        }
+        &self.text.tokens[self.text.cache.len()..]
     }
 
     /// Logits of the token after the last one, as of the last [`Session::advance`], brought to the host.

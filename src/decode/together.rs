@@ -30,19 +30,31 @@ impl<B: Backend> Together<B> {
     /// # Errors
     /// As [`Session::stage`]; a session of another model or with other taps.
     pub fn stage(&mut self, sessions: &mut [&mut Session<B>], trees: &[(&[u32], Mask<'_>)]) -> Result<usize> {
-        let (n, m) = (sessions.len(), trees.len());
+        self.stage_parts(sessions, &Vec::from_iter(trees.iter().map(|(tokens, mask)| (*tokens, *mask, Want::All))))
+    }
+
+    /// [`Together::stage`] of rows of which not all want logits: those of prompts beside trees.
+    ///
+    /// # Errors
+    /// As [`Together::stage`].
+    pub fn stage_parts(
+        &mut self,
+        sessions: &mut [&mut Session<B>],
+        parts: &[(&[u32], Mask<'_>, Want<'_>)],
+    ) -> Result<usize> {
+        let (n, m) = (sessions.len(), parts.len());
         ensure!(n == m, Shape, "{m} trees for {n} sessions");
         for s in &mut *sessions {
             let own = Arc::ptr_eq(s.model(), &self.model) && s.workspace().taps().eq(self.ws.taps());
             ensure!(own, Usage, "a session of another model, or with other taps, in one pass");
             s.unstage();
         }
-        let parts = sessions.iter_mut().zip(trees);
+        let both = sessions.iter_mut().zip(parts);
         let mut seqs: Vec<Sequence<'_, B>> =
-            parts.map(|(s, (tokens, mask))| Sequence::new(&mut s.text.cache, tokens, *mask, Want::All)).collect();
+            both.map(|(s, (tokens, mask, want))| Sequence::new(&mut s.text.cache, tokens, *mask, *want)).collect();
         let rows = self.model.forward(&mut seqs, &mut self.ws)?;
         let mut first = 0;
-        for (s, (tokens, _)) in sessions.iter_mut().zip(trees) {
+        for (s, (tokens, ..)) in sessions.iter_mut().zip(parts) {
             s.text.staged.extend_from_slice(tokens);
             s.text.shared_at = Some(first);
             first += tokens.len();
