@@ -88,7 +88,8 @@ fn a_batch_says_what_each_says_alone<B: Backend>(be: B, name: &str) {
             break;
         }
         together += usize::from(now.len() > 1);
-        assert!(batch.step(&mut now).unwrap().iter().all(|n| *n > 0));
+        // Who reads a prompt may get nothing yet.
+        assert!(batch.step(&mut now).unwrap().into_iter().sum::<usize>() > 0);
     }
     assert!(together > 3);
     for ((s, plain), prompt) in sessions.iter().zip(&plain).zip(PROMPTS) {

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use super::erased::{AnySession, Decode};
-use super::{Draft, Engine, Message, Speculation};
+use super::{Draft, Engine, Message, Preference, Speculation, StepCounts, Steps};
 use crate::backend::Mask;
 use crate::decode::{DecodeStats, Sampler, TextStream};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, ensure};
 
 /// One text in the making.
 pub struct Session {
@@ -19,8 +19,8 @@ pub struct Session {
 /// What to generate and when to stop. Built by chaining.
 #[derive(Clone)]
 pub struct Generate {
-    decode: Decode,
-    max_tokens: usize,
+    pub(super) decode: Decode,
+    pub(super) max_tokens: usize,
     stop: Vec<String>,
     ignore_eos: bool,
 }
@@ -43,6 +43,12 @@ impl Generate {
     /// reads the model's layers.
     pub fn speculative(self, sampler: Sampler, draft: &Draft, how: Speculation) -> Self {
         self.decode(Decode::Speculative(sampler, draft.clone(), how))
+    }
+
+    /// Whole steps of a draft by `sampler` where their judge lets them stand. **Not lossless.** The session has to be made by
+    /// [`Engine::session_for_steps`] if the judge reads the model's layers.
+    pub fn steps(self, sampler: Sampler, steps: &Steps) -> Self {
+        self.decode(Decode::Steps(sampler, steps.clone()))
     }
 
     /// Autoregressive decoding by `sampler`.
@@ -127,16 +133,7 @@ impl Session {
     /// # Errors
     /// More tokens than the session holds, or one outside the vocabulary.
     pub fn push_ids(&mut self, ids: &[u32]) -> Result<()> {
-        let (have, room, vocab) = (self.tokens().len(), self.capacity(), self.engine.config().vocab);
-        if have + ids.len() > room {
-            let n = have + ids.len();
-            let what = format!("the prompt has {n} tokens, the context holds {room}: raise --context or shorten it");
-            return Err(Error::new(ErrorKind::Capacity, what));
-        }
-        if let Some(t) = ids.iter().find(|&&t| t as usize >= vocab) {
-            let what = format!("token {t} is outside the vocabulary of {vocab}");
-            return Err(Error::new(ErrorKind::Usage, what));
-        }
+        check(&self.engine, self.tokens().len(), ids, self.capacity())?;
         self.inner.push(ids);
         Ok(())
     }
@@ -187,36 +184,50 @@ impl Session {
 
     /// Counts of the current decoder.
     pub fn stats(&self) -> DecodeStats {
-        let mut stats = self.inner.stats();
-        stats.tokens -= self.dropped;
-        stats.verified = stats.verified.saturating_sub(self.dropped);
-        stats
+        without(self.inner.stats(), self.dropped)
+    }
+
+    /// What became of a draft's steps in the current generation, and the rejected ones since the last call beside the model's
+    /// own; `None` where it does not go by steps.
+    pub fn steps(&mut self) -> Option<(StepCounts, Vec<Preference>)> {
+        self.inner.steps()
     }
 
     /// Continues the text: an iterator over pieces, computed as they are asked for.
     pub fn generate(&mut self, how: Generate) -> Result<Generation<'_>> {
         self.inner.begin(&how.decode)?;
         self.dropped = 0;
-        let eos = if how.ignore_eos { Vec::new() } else { self.engine.eos() };
-        let text = TextStream::new(&how.stop);
-        Ok(Generation { left: how.max_tokens, session: self, eos, text, ready: VecDeque::new(), finish: None })
+        let pieces = Pieces::new(&self.engine, &how, self.capacity().saturating_sub(self.tokens().len()));
+        Ok(Generation { session: self, pieces })
     }
+}
+
+/// Fails unless `ids`, behind `have` tokens, are a prompt for a context of `room` tokens.
+pub(super) fn check(engine: &Engine, have: usize, ids: &[u32], room: usize) -> Result<()> {
+    let (n, vocab) = (have + ids.len(), engine.config().vocab);
+    ensure!(n <= room, Capacity, "the prompt has {n} tokens, the context holds {room}: raise --context or shorten it");
+    let alien = ids.iter().find(|&&t| t as usize >= vocab);
+    ensure!(alien.is_none(), Usage, "token {} is outside the vocabulary of {vocab}", alien.copied().unwrap_or(0));
+    Ok(())
+}
+
+/// Counts without tokens behind the end of the text.
+pub(super) fn without(mut stats: DecodeStats, dropped: u64) -> DecodeStats {
+    stats.tokens -= dropped;
+    stats.verified = stats.verified.saturating_sub(dropped);
+    stats
 }
 
 /// A running generation; see [`Session::generate`].
 pub struct Generation<'a> {
     session: &'a mut Session,
-    eos: Vec<u32>,
-    text: TextStream,
-    left: usize,
-    ready: VecDeque<Piece>,
-    finish: Option<Finish>,
+    pieces: Pieces,
 }
 
 impl Generation<'_> {
     /// Why it ended, once it has.
     pub fn finish(&self) -> Option<Finish> {
-        self.finish
+        self.pieces.finish
     }
 
     /// The session it extends.
@@ -225,39 +236,75 @@ impl Generation<'_> {
     }
 
     fn step(&mut self) -> Result<()> {
-        let before = self.session.tokens().len();
-        if self.left == 0 || before >= self.session.capacity() {
-            return self.end(Finish::Length);
+        let Session { engine, inner, dropped } = &mut *self.session;
+        let before = inner.tokens().len();
+        if self.pieces.left == 0 || before >= inner.capacity() {
+            self.pieces.end(Finish::Length);
+        } else {
+            let n = inner.step()?;
+            let kept = self.pieces.take(engine, &inner.tokens()[before..], |i| inner.source(i));
+            *dropped = (n - kept) as u64;
+            if kept < n {
+                inner.truncate(before + kept);
+            }
         }
-        let n = self.session.inner.step()?;
-        for i in before..before + n {
-            let (id, source) = (self.session.tokens()[i], self.session.inner.source(i - before));
-            self.session.dropped = (before + n - i - 1) as u64;
-            if self.eos.contains(&id) {
-                // The end token is part of the session, so that a next turn sees it.
-                self.session.inner.truncate(i + 1);
-                self.ready.push_back(Piece { id: Some(id), text: String::new(), source });
-                return self.end(Finish::Eos);
-            }
-            let bytes = self.session.engine.0.tokenizer.as_ref().map(|t| t.token_bytes(id));
-            let text = self.text.push(bytes.as_deref().unwrap_or_default());
-            self.ready.push_back(Piece { id: Some(id), text, source });
-            self.left -= 1;
-            if self.text.stopped() || self.left == 0 {
-                self.session.inner.truncate(i + 1);
-                return self.end(if self.text.stopped() { Finish::Stop } else { Finish::Length });
-            }
+        if self.pieces.finish.is_some() {
+            inner.finish();
         }
         Ok(())
     }
+}
 
-    fn end(&mut self, why: Finish) -> Result<()> {
+/// The pieces of a continuation, and its end.
+pub(super) struct Pieces {
+    eos: Vec<u32>,
+    text: TextStream,
+    left: usize,
+    pub ready: VecDeque<Piece>,
+    pub finish: Option<Finish>,
+}
+
+impl Pieces {
+    /// Of a text with room for so many tokens more.
+    pub fn new(engine: &Engine, how: &Generate, room: usize) -> Self {
+        let eos = if how.ignore_eos { Vec::new() } else { engine.eos() };
+        let (text, left) = (TextStream::new(&how.stop), how.max_tokens.min(room));
+        Self { eos, text, left, ready: VecDeque::new(), finish: None }
+    }
+
+    /// Whether there is nothing to be said at all.
+    pub fn is_full(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Takes what a step gave, and returns how many of these tokens are the text's: all, unless it ends with one of them. An end
+    /// token is, so that a next turn sees it.
+    pub fn take(&mut self, engine: &Engine, new: &[u32], source: impl Fn(usize) -> Option<u8>) -> usize {
+        for (i, &id) in new.iter().enumerate() {
+            let eos = self.eos.contains(&id);
+            let bytes = engine.0.tokenizer.as_ref().ok().filter(|_| !eos).map(|t| t.token_bytes(id));
+            let text = self.text.push(bytes.as_deref().unwrap_or_default());
+            self.ready.push_back(Piece { id: Some(id), text, source: source(i) });
+            self.left -= 1;
+            let why = match (eos, self.text.stopped()) {
+                (true, _) => Finish::Eos,
+                (_, true) => Finish::Stop,
+                _ if self.left == 0 => Finish::Length,
+                _ => continue,
+            };
+            self.end(why);
+            return i + 1;
+        }
+        new.len()
+    }
+
+    /// Ends, with the text that was still held back.
+    pub fn end(&mut self, why: Finish) {
         self.finish = Some(why);
         let text = self.text.finish();
         if !text.is_empty() {
             self.ready.push_back(Piece { id: None, text, source: None });
         }
-        Ok(())
     }
 }
 
@@ -265,12 +312,12 @@ impl Iterator for Generation<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while self.ready.is_empty() && self.finish.is_none() {
+        while self.pieces.ready.is_empty() && self.pieces.finish.is_none() {
             if let Err(e) = self.step() {
-                self.finish = Some(Finish::Length);
+                self.pieces.finish = Some(Finish::Length);
                 return Some(Err(e));
             }
         }
-        self.ready.pop_front().map(Ok)
+        self.pieces.ready.pop_front().map(Ok)
     }
 }
