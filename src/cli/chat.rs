@@ -58,6 +58,9 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
         }
         turns.push(Message::new("assistant", answer));
         costs.iter().zip(&draft).for_each(|(c, d)| c.keep(d));
+        args.draft.keep(draft.as_ref())?;
     }
+    drop(session);
+    args.draft.keep(draft.as_ref())?;
     Ok(())
 }

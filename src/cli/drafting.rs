@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use sha2::{Digest, Sha256};
@@ -10,7 +11,9 @@ use sha2::{Digest, Sha256};
 use super::fetch::Store;
 use super::flags::{Common, DecoderFlag};
 use crate::decode::Sampler;
-use crate::engine::{Draft, DraftKind, Engine, Generate, Piece, Session, Speculation};
+use crate::engine::{
+    Draft, DraftKind, Engine, Generate, Learning, Memory, Piece, Session, Speculation, StepJudge, StepSettings, Steps,
+};
 use crate::error::{Error, ErrorKind, Result, bail};
 use crate::files::write_file;
 
@@ -20,8 +23,9 @@ pub(super) struct DraftArgs {
     /// was made for the model, else ar.
     #[arg(long, value_enum)]
     pub decoder: Option<DecoderFlag>,
-    /// What drafts: auto, off, lookup (text that occurred before), the file or folder of a draft model or head, some of the
-    /// model's own layers (layers:0-9,28,29), or lookup and one of these (lookup+PATH).
+    /// What drafts: auto, off, lookup (text that occurred before), the file or folder of a draft model or head, a model that
+    /// writes up to blank lines (steps:PATH), some of the model's own layers (layers:0-9,28,29), or lookup and one of these
+    /// (lookup+PATH).
     #[arg(long, default_value = "auto")]
     pub draft: String,
     /// Most drafted tokens of a pass; 0: as many as pay, by measured cost.
@@ -33,11 +37,76 @@ pub(super) struct DraftArgs {
     /// Most alternatives at a place; 1 drafts a chain.
     #[arg(long, default_value_t = 4)]
     pub draft_width: usize,
+    /// The draft head learns while it serves: auto, sgd, optimistic, momentum, adam, optimistic-adam or ensemble. The text is the
+    /// same.
+    #[arg(long, value_name = "RULE", num_args = 0..=1, default_missing_value = "auto")]
+    pub learn: Option<String>,
+    /// Where what it learns is kept from run to run.
+    #[arg(long, value_name = "FILE")]
+    pub draft_state: Option<PathBuf>,
+    /// With --draft steps:PATH: whole steps of the draft stand where they come to the same as the model's own. NOT LOSSLESS: what
+    /// stands is the draft's text. tokens (the same tokens: this one is lossless), text (the same text), similarity:COSINE (near in
+    /// the model's hidden states), ask (the model says so). Without a judge steps are verified token by token.
+    #[arg(long)]
+    pub judge: Option<String>,
+    /// Steps that a judged draft writes ahead.
+    #[arg(long, default_value_t = StepSettings::default().ahead)]
+    pub steps_ahead: usize,
 }
 
 impl DraftArgs {
-    /// The draft, if there is to be one.
+    /// The steps of a judged draft, if that is what drafts.
+    pub fn steps(&self, engine: &Engine) -> Result<Option<Steps>> {
+        let Some(judge) = &self.judge else { return Ok(None) };
+        let path = self.draft.strip_prefix("steps:").filter(|_| self.decoder != Some(DecoderFlag::Ar));
+        let Some(path) = path else {
+            bail!(Usage, "--judge {judge}: there are no steps to judge; give --draft steps:PATH, and no --decoder ar");
+        };
+        let judge = match (&**judge, judge.strip_prefix("similarity:").map(str::parse)) {
+            ("tokens", _) => StepJudge::Tokens,
+            ("text", _) => StepJudge::Text,
+            ("ask", _) => StepJudge::Ask,
+            (_, Some(Ok(cosine))) => StepJudge::Similarity(cosine),
+            (other, _) => bail!(Usage, "--judge {other}: expected tokens, text, similarity:COSINE or ask"),
+        };
+        let settings = StepSettings { ahead: self.steps_ahead, ..StepSettings::default() };
+        engine.steps(Path::new(path), judge, settings).map(Some)
+    }
+
+    /// The draft, if there is to be one, with what it has learnt earlier.
     pub fn open(&self, engine: &Engine) -> Result<Option<Draft>> {
+        let draft = self.begin(engine)?;
+        if let Some(state) = &self.draft_state {
+            let Some(draft) = draft.as_ref().filter(|d| d.learnt().is_some()) else {
+                bail!(Usage, "--draft-state {}: no draft learns here", state.display());
+            };
+            if state.exists() {
+                draft.restore_learnt(state)?;
+            }
+        }
+        Ok(draft)
+    }
+
+    /// How it learns, if it does.
+    fn learning(&self) -> Result<Option<Learning>> {
+        let rule = self.learn.as_deref().or(self.draft_state.as_ref().map(|_| "auto"));
+        rule.map(Learning::named).transpose()
+    }
+
+    /// Keeps what was learnt where `--draft-state` says.
+    pub fn keep(&self, draft: Option<&Draft>) -> Result<()> {
+        match (&self.draft_state, draft) {
+            (Some(path), Some(draft)) => draft.save_learnt(path),
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&self, engine: &Engine) -> Result<Option<Draft>> {
+        if self.judge.is_some() {
+            bail!(Unsupported, "--judge: steps are judged by the verb generate only");
+        }
+        let learning = self.learning()?;
+        let learning = learning.as_ref();
         let spec = match self.decoder {
             Some(DecoderFlag::Diffusion) => {
                 bail!(Unsupported, "--decoder diffusion is not built yet; use --decoder ar or spec")
@@ -51,27 +120,42 @@ impl DraftArgs {
         }
         let name = match &*self.draft {
             "off" => return Ok(None),
-            "auto" => match engine.shipped_draft() {
-                Some(draft) => return engine.with_lookup(&draft?).map(Some),
+            "auto" => match learning.map_or_else(|| engine.shipped_draft(), |l| engine.learning_shipped(l)) {
+                Some(draft) => return Self::beside(engine, &draft?, learning.is_some()).map(Some),
+                None if learning.is_some() => {
+                    bail!(Usage, "--learn: no draft head for this model; give one by --draft")
+                }
                 None if spec => "lookup",
                 None => return Ok(None),
             },
             name => name,
         };
         if let Some(second) = name.strip_prefix("lookup+") {
-            return engine.with_lookup(&Self::named(engine, second)?).map(Some);
+            return Self::beside(engine, &Self::named(engine, second, learning)?, learning.is_some()).map(Some);
         }
-        Self::named(engine, name).map(Some)
+        Self::named(engine, name, learning).map(Some)
     }
 
-    fn named(engine: &Engine, name: &str) -> Result<Draft> {
+    /// Lookup beside `draft`; what learns remembers earlier texts, too.
+    fn beside(engine: &Engine, draft: &Draft, learns: bool) -> Result<Draft> {
+        match learns {
+            true => engine.with_memory(draft, &Arc::new(Memory::default())),
+            false => engine.with_lookup(draft),
+        }
+    }
+
+    fn named(engine: &Engine, name: &str, learning: Option<&Learning>) -> Result<Draft> {
         let kind = match name {
             "lookup" => DraftKind::Lookup,
             path if Path::new(path).exists() => DraftKind::at(Path::new(path)),
+            other if other.starts_with("steps:") => DraftKind::Steps(other["steps:".len()..].into()),
             other if other.starts_with("layers:") => DraftKind::Layers(layers(&other["layers:".len()..])?),
             other => bail!(Usage, "--draft {other}: neither auto, off nor lookup, and no such file or folder"),
         };
-        engine.draft(&kind)
+        match learning {
+            Some(how) => engine.learning(&kind, how),
+            None => engine.draft(&kind),
+        }
     }
 
     /// `how`, with `draft` if there is one.

@@ -7,21 +7,29 @@ use serde_json::{Value, json};
 use super::flags::{Common, GenerateArgs, SamplingArgs};
 use super::{drafting, out};
 use crate::backend::cpu::{Tier, logits::top_k};
-use crate::engine::{Draft, Engine, Generate, Message, Session};
+use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
 
 pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);
     let prompt = prompt_text(args)?;
     let engine = common.engine()?;
-    let draft = args.draft.open(&engine)?;
-    let how = args.draft.apply(how, sampler, draft.as_ref());
+    let steps = args.draft.steps(&engine)?;
+    let draft = if steps.is_none() { args.draft.open(&engine)? } else { None };
+    let how = match &steps {
+        Some(steps) => how.steps(sampler, steps),
+        None => args.draft.apply(how, sampler, draft.as_ref()),
+    };
     let costs = draft.as_ref().map(|d| drafting::Costs::restore(common, &engine, d)).transpose()?;
     let ids = prompt_ids(&engine, args, prompt)?;
     if ids.is_empty() {
         bail!(Usage, "the prompt is empty: there is nothing to continue");
     }
-    let mut session = session(&engine, draft.as_ref(), &args.sampling, ids.len(), common.seed)?;
+    let room = room(&engine, &args.sampling, ids.len())?;
+    let mut session = match &steps {
+        Some(steps) => engine.session_for_steps(steps, room, common.seed)?,
+        None => drafting::session(&engine, draft.as_ref(), room, common.seed)?,
+    };
     session.push_ids(&ids)?;
 
     let start = Instant::now();
@@ -53,6 +61,9 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     costs.iter().zip(&draft).for_each(|(c, d)| c.keep(d));
     let finish = running.finish().map_or("length", |f| f.name());
     let stats = session.stats();
+    let steps = session.steps().map(|(counts, _)| counts);
+    drop(session);
+    args.draft.keep(draft.as_ref())?;
     // The first token falls out of the prefill: only the others cost a pass here.
     let tokens_per_s = out_ids.len().saturating_sub(1) as f64 / decode_s.max(1e-9);
     if common.json {
@@ -77,6 +88,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
                 "verify_s": out::round(stats.verify_s, 6),
                 "commit_s": out::round(stats.commit_s, 6),
                 "update_s": stats.update_s,
+                "steps": steps.map(|s| json!({ "written": s.written, "judged": s.judged, "accepted": s.accepted })),
                 "peak_rss_mb": out::peak_rss_mb().map(|m| out::round(m, 1)),
             },
         }));
@@ -94,15 +106,20 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     if stats.verifications > 0 {
         let share = |s: f64| 100.0 * s / decode_s.max(1e-9);
         eprintln!(
-            "[draft {}: accept length {:.2}, {:.2} tokens a forward, {:.2} drafted; draft {:.0} %, verify {:.0} %, commit {:.0} % of the time]",
-            draft.as_ref().map_or("", |d| d.name()),
+            "[draft {}: accept length {:.2}, {:.2} tokens a forward, {:.2} drafted; draft {:.0} %, verify {:.0} %, commit {:.0} %, learning {:.0} % of the time]",
+            draft.as_ref().map_or(&*args.draft.draft, |d| d.name()),
             stats.accept_length(),
             stats.tokens_per_forward(),
             stats.drafted as f64 / stats.verifications as f64,
             share(stats.draft_s),
             share(stats.verify_s),
             share(stats.commit_s),
+            share(stats.update_s),
         );
+    }
+    if let (Some(steps), Some(judge)) = (steps, &args.draft.judge) {
+        let same = if judge == "tokens" { "lossless" } else { "not lossless" };
+        eprintln!("[{} of {} steps accepted by {judge}: {same}]", steps.accepted, steps.judged);
     }
     Ok(())
 }
@@ -116,20 +133,14 @@ pub(super) fn how(a: &SamplingArgs) -> Result<Generate> {
         .ignore_eos(a.ignore_eos))
 }
 
-/// A session with room for the prompt and its continuation, or as `--context` says.
-pub(super) fn session(
-    engine: &Engine,
-    draft: Option<&Draft>,
-    a: &SamplingArgs,
-    prompt: usize,
-    seed: u64,
-) -> Result<Session> {
+/// Room for the prompt and its continuation, or as `--context` says.
+fn room(engine: &Engine, a: &SamplingArgs, prompt: usize) -> Result<usize> {
     let most = engine.config().context;
     let room = a.context.unwrap_or_else(|| prompt.saturating_add(a.max_tokens).clamp(1, most));
     if prompt > room {
         bail!(Capacity, "the prompt has {prompt} tokens, the context holds {room}");
     }
-    drafting::session(engine, draft, room, seed)
+    Ok(room)
 }
 
 fn prompt_text(args: &GenerateArgs) -> Result<Option<String>> {

@@ -1,13 +1,20 @@
 //! The one place where the backend's type is forgotten: a model and a session behind trait objects.
 
+use std::any::Any;
 use std::sync::Arc;
 
+use super::learning;
+use super::serving::{AnySlots, Slots};
 use super::speculation::{Draft, Maker, Source, Speculation};
-use crate::backend::{Backend, Mask};
+use super::steps::{Steps, blank_line};
+use crate::backend::{Backend, Mask, Train};
 use crate::decode::{Autoregressive, Batch, DecodeStats, Decoder, Prompt, Sampler, Session};
 use crate::error::{Result, ensure};
+use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig, Want};
-use crate::speculative::{Lookup, Mixed, SmallModel, Speculative, heads};
+use crate::speculative::adapt::Live;
+use crate::speculative::steps::{Preference, StepChain, StepCounts, StepDecoder, StepSettings};
+use crate::speculative::{Lookup, Memory, Mixed, SmallModel, Speculative, heads};
 
 /// How a continuation is made.
 #[derive(Clone)]
@@ -17,6 +24,8 @@ pub enum Decode {
     Autoregressive(Sampler),
     /// Several tokens a pass where the draft guesses right; the text is the same.
     Speculative(Sampler, Draft, Speculation),
+    /// Whole steps of a draft where a judge lets them stand: **not** the same text.
+    Steps(Sampler, Steps),
 }
 
 /// A model on some device.
@@ -24,7 +33,10 @@ pub(super) trait AnyModel: Send + Sync {
     fn config(&self) -> &ModelConfig;
     fn session(&self, capacity: usize, seed: u64, taps: &[usize]) -> Result<Box<dyn AnySession>>;
     fn draft(&self, source: Source<'_>, name: &str) -> Result<Draft>;
+    /// Another model on the same device: an `Arc<Model<B>>`.
+    fn load(&self, source: &dyn TensorSource) -> Result<Box<dyn Any + Send + Sync>>;
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats>;
+    fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>>;
     fn weight_bytes(&self) -> usize;
     fn bytes_per_token(&self) -> usize;
 }
@@ -42,10 +54,42 @@ pub(super) trait AnySession: Send {
     fn logits(&mut self) -> Result<&[f32]>;
     fn begin(&mut self, how: &Decode) -> Result<()>;
     fn step(&mut self) -> Result<usize>;
+    /// The continuation is over; said by itself of one that is abandoned.
+    fn finish(&mut self);
     fn source(&self, i: usize) -> Option<u8>;
     fn stats(&self) -> DecodeStats;
+    fn steps(&mut self) -> Option<(StepCounts, Vec<Preference>)>;
     fn pass(&mut self, tokens: &[u32], mask: Mask<'_>) -> Result<()>;
     fn nll(&mut self, tokens: &[u32], each: &mut dyn FnMut(f64)) -> Result<()>;
+}
+
+fn lookup(memory: Option<&Arc<Memory>>) -> Lookup {
+    memory.map_or_else(Lookup::default, |m| Lookup::with_memory(m.clone()))
+}
+
+/// A decoder for a session that keeps what the draft reads.
+pub(super) fn speculative<B: Train>(
+    session: &Session<B>,
+    sampler: Sampler,
+    draft: &Draft,
+    how: Speculation,
+) -> Result<Speculative<B>> {
+    let (reads, has) = (draft.taps(), session.workspace().taps().collect::<Vec<_>>());
+    ensure!(
+        reads.is_empty() || reads == has,
+        Usage,
+        "the draft {} reads layers {reads:?}, this session keeps {has:?}: make it with Engine::session_for",
+        draft.name()
+    );
+    let decoder = Speculative::new(draft.make()?, sampler, how.budget());
+    let decoder = match how.planned() {
+        true => decoder.planned(draft.plan(session.model())?),
+        false => decoder,
+    };
+    Ok(match draft.learner() {
+        Some(learner) => decoder.taught(learning::ear(learner, session.model())?),
+        None => decoder,
+    })
 }
 
 /// A model shared by its sessions.
@@ -54,12 +98,31 @@ pub(super) struct Shared<B: Backend>(pub Arc<Model<B>>);
 struct Running<B: Backend> {
     session: Session<B>,
     decoder: How<B>,
+    /// Whether the decoder was told that its continuation is over.
+    over: bool,
+}
+
+impl<B: Backend> Running<B> {
+    fn finish(&mut self) {
+        if let (false, How::Speculative(decoder, draft)) = (self.over, &mut self.decoder) {
+            decoder.finish(&self.session);
+            decoder.plan().iter().for_each(|plan| draft.learn(plan));
+        }
+        self.over = true;
+    }
+}
+
+impl<B: Backend> Drop for Running<B> {
+    fn drop(&mut self) {
+        self.finish();
+    }
 }
 
 /// The decoder of a session.
 enum How<B: Backend> {
     Plain(Autoregressive),
     Speculative(Box<Speculative<B>>, Draft),
+    Steps(Box<StepDecoder<B>>),
 }
 
 impl<B: Backend> How<B> {
@@ -67,34 +130,47 @@ impl<B: Backend> How<B> {
         match self {
             How::Plain(d) => d,
             How::Speculative(d, _) => &**d,
+            How::Steps(d) => &**d,
         }
     }
 }
 
-impl<B: Backend> Drop for How<B> {
-    fn drop(&mut self) {
-        if let How::Speculative(decoder, draft) = self {
-            decoder.plan().iter().for_each(|plan| draft.learn(plan));
-        }
-    }
-}
-
-impl<B: Backend> AnyModel for Shared<B> {
+impl<B: Train> AnyModel for Shared<B> {
     fn config(&self) -> &ModelConfig {
         self.0.config()
     }
 
     fn session(&self, capacity: usize, seed: u64, taps: &[usize]) -> Result<Box<dyn AnySession>> {
         let session = Session::with_taps(self.0.clone(), capacity, seed, taps)?;
-        Ok(Box::new(Running { session, decoder: How::Plain(Autoregressive::default()) }))
+        Ok(Box::new(Running { session, decoder: How::Plain(Autoregressive::default()), over: true }))
     }
 
     fn draft(&self, source: Source<'_>, name: &str) -> Result<Draft> {
+        let (mut learner, mut remembers) = (None, None);
         let maker: Maker<B> = match source {
-            Source::Lookup => Box::new(|| Ok(Box::new(Lookup::default()))),
+            Source::LearningHead(target, head, how) => {
+                let (slot, taught) = learning::head(self.0.clone(), target, head, how)?;
+                learner = Some(taught);
+                Box::new(move || Ok(Box::new(Live::new(slot.clone()))))
+            }
+            Source::LearningModel(tensors, how) => {
+                let small = Model::load(self.0.device().clone(), tensors, |_, _| {})?;
+                let (slot, taught) = learning::small_model(self.0.clone(), small, how)?;
+                learner = Some(taught);
+                Box::new(move || Ok(Box::new(Live::new(slot.clone()))))
+            }
+            Source::Lookup(memory) => Box::new(move || Ok(Box::new(lookup(memory.as_ref())))),
             Source::Model(tensors) => {
                 let model = Arc::new(Model::load(self.0.device().clone(), tensors, |_, _| {})?);
                 Box::new(move || Ok(Box::new(SmallModel::new(model.clone()))))
+            }
+            Source::Steps(tensors, tokenizer, eos) => {
+                let model = Arc::new(Model::load(self.0.device().clone(), tensors, |_, _| {})?);
+                let (tokenizer, eos, most) = (tokenizer.clone(), eos.to_vec(), StepSettings::default().max_tokens);
+                Box::new(move || {
+                    let ends = blank_line(tokenizer.clone(), eos.clone());
+                    Ok(Box::new(StepChain::new(model.clone(), Sampler::greedy(), most, ends)))
+                })
             }
             Source::Layers(layers) => {
                 let model = Arc::new(self.0.of_layers(layers)?);
@@ -104,15 +180,26 @@ impl<B: Backend> AnyModel for Shared<B> {
                 let make = heads::load(self.0.clone(), target, head, true)?;
                 Box::new(move || Ok(make()))
             }
-            Source::Mixed(second) => {
-                Box::new(move || Ok(Box::new(Mixed::new(Box::new(Lookup::default()), second.make::<B>()?))))
+            Source::Mixed(memory, second) => {
+                remembers = memory.clone();
+                learner = second.learner().cloned();
+                let first = move || Box::new(lookup(memory.as_ref()));
+                Box::new(move || Ok(Box::new(Mixed::new(first(), second.make::<B>()?))))
             }
         };
-        Ok(Draft::new(name.into(), maker()?.taps().to_vec(), maker))
+        Ok(Draft::new(name.into(), maker()?.taps().to_vec(), maker, learner, remembers))
+    }
+
+    fn load(&self, source: &dyn TensorSource) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(Arc::new(Model::load(self.0.device().clone(), source, |_, _| {})?)))
     }
 
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats> {
         how.run(&self.0, prompts, done)
+    }
+
+    fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>> {
+        Ok(Box::new(Slots::new(self.0.clone(), sequences, rows, taps)?))
     }
 
     fn weight_bytes(&self) -> usize {
@@ -124,7 +211,7 @@ impl<B: Backend> AnyModel for Shared<B> {
     }
 }
 
-impl<B: Backend> AnySession for Running<B> {
+impl<B: Train> AnySession for Running<B> {
     fn tokens(&self) -> &[u32] {
         self.session.tokens()
     }
@@ -152,24 +239,16 @@ impl<B: Backend> AnySession for Running<B> {
     }
 
     fn begin(&mut self, how: &Decode) -> Result<()> {
+        self.finish();
         self.decoder = match how {
             Decode::Autoregressive(s) => How::Plain(Autoregressive::new(*s)),
+            Decode::Steps(s, steps) => How::Steps(Box::new(steps.decoder(self.session.model(), *s)?)),
             Decode::Speculative(s, draft, how) => {
-                let (reads, has) = (draft.taps(), self.session.workspace().taps().collect::<Vec<_>>());
-                ensure!(
-                    reads.is_empty() || reads == has,
-                    Usage,
-                    "the draft {} reads layers {reads:?}, this session keeps {has:?}: make it with Engine::session_for",
-                    draft.name()
-                );
-                let speculative = Speculative::new(draft.make()?, *s, how.budget());
-                let speculative = match how.planned() {
-                    true => speculative.planned(draft.plan(self.session.model())?),
-                    false => speculative,
-                };
-                How::Speculative(Box::new(speculative), draft.clone())
+                let decoder = speculative(&self.session, *s, draft, *how)?;
+                How::Speculative(Box::new(decoder), draft.clone())
             }
         };
+        self.over = false;
         Ok(())
     }
 
@@ -177,7 +256,12 @@ impl<B: Backend> AnySession for Running<B> {
         match &mut self.decoder {
             How::Plain(d) => d.step(&mut self.session),
             How::Speculative(d, _) => d.step(&mut self.session),
+            How::Steps(d) => d.step(&mut self.session),
         }
+    }
+
+    fn finish(&mut self) {
+        Running::finish(self);
     }
 
     fn source(&self, i: usize) -> Option<u8> {
@@ -186,6 +270,13 @@ impl<B: Backend> AnySession for Running<B> {
 
     fn stats(&self) -> DecodeStats {
         self.decoder.decoder().stats()
+    }
+
+    fn steps(&mut self) -> Option<(StepCounts, Vec<Preference>)> {
+        match &mut self.decoder {
+            How::Steps(d) => Some((d.counts(), d.preferences().take())),
+            _ => None,
+        }
     }
 
     fn pass(&mut self, tokens: &[u32], mask: Mask<'_>) -> Result<()> {

@@ -17,10 +17,13 @@
 mod accuracy;
 mod draft;
 mod erased;
+mod learning;
 mod selfgen;
+mod serving;
 mod session;
 mod speculation;
 mod speed;
+mod steps;
 mod texts;
 mod training;
 
@@ -32,21 +35,24 @@ pub use accuracy::{Accuracy, LabelTask, label_accuracy};
 pub use draft::DraftRun;
 pub use erased::Decode;
 pub use selfgen::{SelfGen, SelfGenerated};
+pub use serving::{Reply, Request, Serving, ServingOptions};
 pub use session::{Finish, Generate, Generation, Piece, Session};
-pub use speculation::{Draft, DraftKind, Speculation};
+pub use speculation::{Draft, DraftKind, Memory, Speculation};
 pub use speed::{TrainBench, TrainSpeed, train_speed};
+pub use steps::{Preference, StepCounts, StepJudge, StepSettings, Steps};
 pub use texts::Texts;
 pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
 
+use crate::backend::Train;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::naive::Naive;
-use crate::backend::{Backend, Train};
 use crate::error::{Context, Error, ErrorKind, Result, bail};
 pub use crate::format::Message;
 use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig};
+pub use crate::speculative::adapt::{Deploy, LearnStats, Learning, Spend};
 pub use crate::speculative::train::{Agreement, HeadEvent};
 use erased::{AnyModel, Shared};
 
@@ -203,7 +209,7 @@ impl Engine {
     }
 
     fn load(source: &dyn TensorSource, options: &EngineOptions) -> Result<(Box<dyn AnyModel>, String, usize)> {
-        fn on<B: Backend>(be: B, source: &dyn TensorSource, o: &EngineOptions) -> Result<Box<dyn AnyModel>> {
+        fn on<B: Train>(be: B, source: &dyn TensorSource, o: &EngineOptions) -> Result<Box<dyn AnyModel>> {
             let progress = |done, total| o.progress.iter().for_each(|p| p(done, total));
             Ok(Box::new(Shared(Arc::new(Model::load(Arc::new(be), source, progress).context(|| "weights".into())?))))
         }

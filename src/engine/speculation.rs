@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::Engine;
+use super::learning::AnyLearner;
 use crate::backend::Backend;
 use crate::decode;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::{Checkpoint, DraftHead, Tokenizer};
 use crate::model::roles::{NamedTensors, TensorSource};
 use crate::model::{Model, ModelConfig};
+pub use crate::speculative::Memory;
+use crate::speculative::adapt::Learning;
 use crate::speculative::{self, Budget, CostModel, Plan, heads};
 
 /// What proposes tokens.
@@ -23,6 +26,8 @@ pub enum DraftKind {
     Model(PathBuf),
     /// A head on the target's layers: a folder in the layout of EAGLE, EAGLE-3, Hydra or Medusa.
     Head(PathBuf),
+    /// A smaller model that writes whole steps, up to blank lines; they are verified token by token, so the text is the same.
+    Steps(PathBuf),
     /// Some of the target's own layers, in this order: self-speculation.
     Layers(Vec<usize>),
 }
@@ -93,14 +98,33 @@ struct Inner {
     learnt: Mutex<Option<Plan>>,
     /// A [`Maker`] of the engine's backend.
     maker: Box<dyn Any + Send + Sync>,
+    learner: Option<Arc<dyn AnyLearner>>,
+    memory: Option<Arc<Memory>>,
 }
 
 /// Makes drafts for sessions on `B`; they share their weights.
 pub(super) type Maker<B> = Box<dyn Fn() -> Result<Box<dyn speculative::Draft<B>>> + Send + Sync>;
 
 impl Draft {
-    pub(super) fn new<B: Backend>(name: String, taps: Vec<usize>, maker: Maker<B>) -> Self {
-        Self(Arc::new(Inner { name, taps, costs: OnceLock::new(), learnt: Mutex::new(None), maker: Box::new(maker) }))
+    pub(super) fn new<B: Backend>(
+        name: String,
+        taps: Vec<usize>,
+        maker: Maker<B>,
+        learner: Option<Arc<dyn AnyLearner>>,
+        memory: Option<Arc<Memory>>,
+    ) -> Self {
+        let (costs, learnt) = (OnceLock::new(), Mutex::new(None));
+        Self(Arc::new(Inner { name, taps, costs, learnt, maker: Box::new(maker), learner, memory }))
+    }
+
+    /// What its lookup remembers of earlier texts, if it remembers.
+    pub(super) fn memory(&self) -> Option<&Arc<Memory>> {
+        self.0.memory.as_ref()
+    }
+
+    /// What learns it, if it learns.
+    pub(super) fn learner(&self) -> Option<&Arc<dyn AnyLearner>> {
+        self.0.learner.as_ref()
     }
 
     /// What passes and drafting cost on this machine: measured in half a second at the first call, unless
@@ -171,12 +195,19 @@ impl Draft {
 
 /// What a draft is made from, files opened.
 pub(super) enum Source<'a> {
-    Lookup,
+    Lookup(Option<Arc<Memory>>),
     Model(&'a dyn TensorSource),
+    /// A smaller model's weights, and what spells its steps and ends its texts.
+    Steps(&'a dyn TensorSource, &'a Tokenizer, &'a [u32]),
     /// The target's weights as they are stored, and the head's.
     Head(&'a dyn TensorSource, &'a dyn NamedTensors),
     Layers(&'a [usize]),
-    Mixed(Draft),
+    /// Lookup as above, else the draft.
+    Mixed(Option<Arc<Memory>>, Draft),
+    /// The target, a head, and how that learns.
+    LearningHead(Arc<Checkpoint>, Arc<DraftHead>, &'a Learning),
+    /// A smaller model, and how it learns.
+    LearningModel(&'a dyn TensorSource, &'a Learning),
 }
 
 impl Engine {
@@ -186,19 +217,29 @@ impl Engine {
     /// Whatever is wrong with its files; a draft whose vocabulary or tokenizer is not the target's.
     pub fn draft(&self, kind: &DraftKind) -> Result<Draft> {
         match kind {
-            DraftKind::Lookup => self.0.model.draft(Source::Lookup, "lookup"),
+            DraftKind::Lookup => self.0.model.draft(Source::Lookup(None), "lookup"),
             DraftKind::Model(path) => {
-                let checkpoint = Checkpoint::open(path)?;
-                let name = path.display().to_string();
-                same_vocabulary(path, self.config(), checkpoint.config())?;
-                if let (Ok(ours), Ok(theirs)) = (self.tokenizer(), checkpoint.tokenizer()) {
-                    same_tokens(path, ours, &theirs, self.config().vocab)?;
-                }
-                self.0.model.draft(Source::Model(&checkpoint), &name)
+                let checkpoint = self.small_model(path)?;
+                self.0.model.draft(Source::Model(&checkpoint), &path.display().to_string())
+            }
+            DraftKind::Steps(path) => {
+                let (checkpoint, eos) = (self.small_model(path)?, self.eos());
+                let name = format!("steps of {}", path.display());
+                self.0.model.draft(Source::Steps(&checkpoint, self.tokenizer()?, &eos), &name)
             }
             DraftKind::Head(path) => self.head(&DraftHead::open(path)?, &path.display().to_string()),
             DraftKind::Layers(layers) => self.0.model.draft(Source::Layers(layers), "layers"),
         }
+    }
+
+    /// The files of a model with this one's tokens.
+    pub(super) fn small_model(&self, path: &Path) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::open(path)?;
+        same_vocabulary(path, self.config(), checkpoint.config())?;
+        if let (Ok(ours), Ok(theirs)) = (self.tokenizer(), checkpoint.tokenizer()) {
+            same_tokens(path, ours, &theirs, self.config().vocab)?;
+        }
+        Ok(checkpoint)
     }
 
     fn head(&self, head: &DraftHead, name: &str) -> Result<Draft> {
@@ -209,12 +250,69 @@ impl Engine {
         self.0.model.draft(Source::Head(&target, head), name).context(|| name.into())
     }
 
+    /// A draft that learns from what it is used for, as `how` says: a head of EAGLE, EAGLE-3 or Hydra by all of its weights, a smaller model
+    /// by an adapter. Each call begins with the draft as it is stored and learns on its own: one for each tenant, say.
+    ///
+    /// # Errors
+    /// As [`Engine::draft`]; `Unsupported` for what cannot learn; impossible settings.
+    pub fn learning(&self, kind: &DraftKind, how: &Learning) -> Result<Draft> {
+        match kind {
+            DraftKind::Head(path) => self.learning_head(DraftHead::open(path)?, &path.display().to_string(), how),
+            DraftKind::Model(path) => {
+                let checkpoint = self.small_model(path)?;
+                let name = format!("{}, learning", path.display());
+                self.0.model.draft(Source::LearningModel(&checkpoint, how), &name)
+            }
+            other => bail!(Unsupported, "{other:?} does not learn: heads and small models do"),
+        }
+    }
+
+    /// As [`Engine::learning`], beginning with [`Engine::shipped_draft`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn learning_shipped(&self, how: &Learning) -> Option<Result<Draft>> {
+        SHIPPED.iter().find(|s| (s.fits)(self.config())).map(|s| {
+            let head = DraftHead::parse(s.name, s.config, s.weights)?;
+            self.learning_head(head, s.name, how)
+        })
+    }
+
+    fn learning_head(&self, head: DraftHead, name: &str, how: &Learning) -> Result<Draft> {
+        let Some(path) = &self.0.path else {
+            bail!(Unsupported, "{name}: a draft head needs a target from a file");
+        };
+        let target = Arc::new(Checkpoint::open(path)?);
+        let name = &format!("{name}, learning");
+        self.0.model.draft(Source::LearningHead(target, Arc::new(head), how), name).context(|| name.clone())
+    }
+
     /// Lookup where the text repeats, else `draft`; or both in one tree.
     ///
     /// # Errors
     /// A draft of another device.
     pub fn with_lookup(&self, draft: &Draft) -> Result<Draft> {
-        self.0.model.draft(Source::Mixed(draft.clone()), &format!("lookup + {}", draft.name()))
+        self.0.model.draft(Source::Mixed(None, draft.clone()), &format!("lookup + {}", draft.name()))
+    }
+
+    /// Lookup in the text and in those of all earlier sessions, which the memory keeps: text that a generation with this draft
+    /// leaves behind goes into it.
+    ///
+    /// # Errors
+    /// A memory of another vocabulary.
+    pub fn lookup_with(&self, memory: &Arc<Memory>) -> Result<Draft> {
+        memory.check(self.config().vocab)?;
+        self.0.model.draft(Source::Lookup(Some(memory.clone())), "memory")
+    }
+
+    /// [`Engine::with_lookup`] with a lookup as [`Engine::lookup_with`] gives.
+    ///
+    /// # Errors
+    /// A draft of another device; a memory of another vocabulary.
+    pub fn with_memory(&self, draft: &Draft, memory: &Arc<Memory>) -> Result<Draft> {
+        memory.check(self.config().vocab)?;
+        let source = Source::Mixed(Some(memory.clone()), draft.clone());
+        self.0.model.draft(source, &format!("memory + {}", draft.name()))
     }
 
     /// The draft that comes with quadriga for this model, where there is one.

@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
+use super::adapt::{Pupil, Verified};
 use super::{Budget, Draft, DraftTree, Plan};
 use crate::backend::{Accepted, Backend, Buffer, Draw, In, Mask, NO_TOKEN, Penalty, Rule, Trees};
 use crate::decode::{DecodeStats, Decoder, Sampler, Session};
 use crate::error::{Result, bail};
-use crate::model::Want;
+use crate::model::{Want, Workspace};
 
 /// Extends a session by what its model would have said anyway, several tokens a pass.
 ///
@@ -18,6 +19,7 @@ pub struct Speculative<B: Backend> {
     sampler: Sampler,
     budget: Budget<'static>,
     plan: Option<Plan>,
+    pupil: Option<Box<dyn Pupil<B>>>,
     /// Of this step.
     tree: DraftTree,
     drafted: bool,
@@ -38,6 +40,7 @@ impl<B: Backend> Speculative<B> {
             sampler,
             budget,
             plan: None,
+            pupil: None,
             tree,
             drafted: false,
             fresh: true,
@@ -48,14 +51,30 @@ impl<B: Backend> Speculative<B> {
         }
     }
 
+    /// Draws by `sampler` and drafts nothing: a session of [`super::SpeculativeBatch`] that takes one token a pass.
+    pub fn plain(sampler: Sampler) -> Self {
+        Self::new(Box::new(Silent), sampler, Budget::new(0, 0, 1))
+    }
+
     /// Drafts as much of the budget as pays, and nothing while that does not.
     pub fn planned(self, plan: Plan) -> Self {
         Self { plan: Some(plan), ..self }
     }
 
+    /// Tells `pupil` what verification finds, so that the draft learns from it.
+    pub fn taught(self, pupil: Box<dyn Pupil<B>>) -> Self {
+        Self { pupil: Some(pupil), ..self }
+    }
+
     /// What it has learnt about costs and drafts.
     pub fn plan(&self) -> Option<&Plan> {
         self.plan.as_ref()
+    }
+
+    /// Tells the draft, and what it learns by, that the session's text is over, or over for now.
+    pub fn finish(&mut self, s: &Session<B>) {
+        self.draft.finish(s.tokens());
+        self.pupil.iter_mut().for_each(|p| p.finish(s));
     }
 
     /// Whether all tokens but the last are in the session's cache, so that the next step is one of speculation.
@@ -68,10 +87,22 @@ impl<B: Backend> Speculative<B> {
         self.stats.forwards += s.advance()?;
         let token = s.sample(&self.sampler)?;
         s.push(&[token]);
+        Ok(self.begun())
+    }
+
+    /// The first token came.
+    pub(super) fn begun(&mut self) -> usize {
         self.fresh = true;
         self.sources.clear();
         self.stats.tokens += 1;
-        Ok(1)
+        1
+    }
+
+    /// A pass reads part of the prompt. Behind its last token the tree is that token alone.
+    pub(super) fn read(&mut self, s: &Session<B>) {
+        self.tree.reset(s.tokens()[s.tokens().len() - 1]);
+        self.drafted = false;
+        self.stats.forwards += 1;
     }
 
     /// Drafts a tree of up to `most` nodes, node 0 counted, behind the session's last token.
@@ -108,7 +139,7 @@ impl<B: Backend> Speculative<B> {
     /// What verification found, after `seconds`, was committed in `commit`.
     pub(super) fn conclude(&mut self, path: &[u32], next: u32, seconds: f64, commit: f64) -> usize {
         self.sources.clear();
-        self.sources.extend(path[1..].iter().map(|&node| self.tree.sources()[node as usize]));
+        self.sources.extend(path[1..].iter().map(|&node| self.tree.sources()[node as usize] & DraftTree::DRAFT));
         if self.drafted {
             self.draft.verdict(&self.tree, path, next);
         }
@@ -129,6 +160,28 @@ impl<B: Backend> Speculative<B> {
         stats.verify_s += seconds;
         stats.commit_s += commit;
         path.len()
+    }
+
+    /// Teaches what the pass found whose logits are in `logits`, those of node 0 in row `first`: behind [`Speculative::conclude`].
+    pub(super) fn teach(&mut self, s: &Session<B>, logits: &Workspace<B>, first: usize, path: &[u32], seconds: f64) {
+        let Some(pupil) = &mut self.pupil else { return };
+        let (start, drafted) = (Instant::now(), self.tree.len() > 1);
+        let seconds = self.seconds + seconds;
+        pupil.verified(&Verified { session: s, logits, first, path, drafted, seconds });
+        self.stats.update_s += start.elapsed().as_secs_f64();
+    }
+}
+
+/// Never asked.
+struct Silent;
+
+impl<B: Backend> Draft<B> for Silent {
+    fn name(&self) -> &str {
+        "none"
+    }
+
+    fn propose(&mut self, _: &Session<B>, _: Budget, _: &mut DraftTree) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -157,7 +210,9 @@ impl<B: Backend> Decoder<B> for Speculative<B> {
         s.commit(path)?;
         s.push(&[*next]);
         let (seconds, commit) = ((verified - start).as_secs_f64(), verified.elapsed().as_secs_f64());
-        Ok(self.conclude(path, *next, seconds, commit))
+        let given = self.conclude(path, *next, seconds, commit);
+        self.teach(s, s.workspace(), 0, path, seconds + commit);
+        Ok(given)
     }
 
     fn source(&self, i: usize) -> Option<u8> {

@@ -3,6 +3,7 @@
 //! arXiv:2406.16858). What comes out is what the target alone would have said: under greedy decoding token by token, under
 //! sampling with the same seed likewise, whatever the draft proposed.
 
+pub mod adapt;
 mod automaton;
 mod batch;
 mod choices;
@@ -11,11 +12,14 @@ mod decoder;
 mod draft;
 pub mod heads;
 mod lookup;
+mod memory;
 mod mixed;
 mod plan;
+mod rates;
 mod sequoia;
 mod shapes;
 mod small_model;
+pub mod steps;
 pub mod train;
 mod tree;
 
@@ -24,6 +28,7 @@ pub use cost::{CostModel, Curve};
 pub use decoder::Speculative;
 pub use draft::{Budget, Draft};
 pub use lookup::Lookup;
+pub use memory::Memory;
 pub use mixed::Mixed;
 pub use plan::Plan;
 pub use sequoia::sequoia;
