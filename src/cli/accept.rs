@@ -14,9 +14,10 @@ use crate::engine::{Draft, Engine, Generate, Message};
 use crate::error::{Error, ErrorKind, Result, ensure};
 use crate::train::data::for_each_line;
 
-struct Prompt {
-    text: String,
-    category: String,
+#[derive(Clone)]
+pub(super) struct Prompt {
+    pub text: String,
+    pub category: String,
 }
 
 /// Sums over the prompts of a category.
@@ -42,7 +43,7 @@ impl Timed {
     }
 }
 
-fn read(path: &Path, limit: usize) -> Result<Vec<Prompt>> {
+pub(super) fn read(path: &Path, limit: usize) -> Result<Vec<Prompt>> {
     let stem = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().split('.').next().unwrap_or_default();
     let mut prompts = Vec::new();
     for_each_line(path, |number, line| {
@@ -125,6 +126,7 @@ pub(super) fn run(common: &Common, args: &AcceptArgs) -> Result<ExitCode> {
         }
     }
     bar.finish_and_clear();
+    args.draft.keep(draft.as_ref())?;
     costs.iter().zip(&draft).for_each(|(c, d)| c.keep(d));
     let name = draft.as_ref().map_or("", |d| d.name());
     report(common, name, &sums, skipped, outputs)
@@ -136,7 +138,7 @@ fn loops(ids: &[u32]) -> bool {
     tail.len() >= 32 && (1..=32.min(tail.len() / 2)).any(|n| tail.windows(n + 1).all(|w| w[0] == w[n]))
 }
 
-fn add(to: &mut DecodeStats, s: &DecodeStats) {
+pub(super) fn add(to: &mut DecodeStats, s: &DecodeStats) {
     to.forwards += s.forwards;
     to.tokens += s.tokens;
     to.verifications += s.verifications;
@@ -148,7 +150,7 @@ fn add(to: &mut DecodeStats, s: &DecodeStats) {
     to.update_s += s.update_s;
 }
 
-fn encode(engine: &Engine, raw: bool, text: &str) -> Result<Vec<u32>> {
+pub(super) fn encode(engine: &Engine, raw: bool, text: &str) -> Result<Vec<u32>> {
     match engine.chat_template()?.filter(|_| !raw) {
         Some(t) => engine.tokenizer()?.encode(&t.render(&[Message::new("user", text)], true)?, false, true),
         None => engine.tokenizer()?.encode(text, true, true),

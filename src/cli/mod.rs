@@ -4,6 +4,7 @@ mod accept;
 mod accuracy;
 mod bench_decode;
 mod bench_kernels;
+mod bench_online;
 mod bench_train;
 mod chat;
 mod drafting;
@@ -72,6 +73,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         },
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
+        Command::Bench(Bench::Online(a)) => return bench_online::run(common, a),
         Command::Bench(Bench::Train(a)) => bench_train::run(common, a),
     }?;
     Ok(ExitCode::SUCCESS)

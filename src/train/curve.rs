@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::chart::Chart;
 use crate::error::Result;
 use crate::files::write_file;
 
@@ -29,13 +30,6 @@ pub struct Curve {
     /// Step and loss on held-out data, where it was measured.
     pub held_out: Vec<(u64, f64)>,
 }
-
-/// Size of the picture and edges of the plot in it, pixels.
-const SIZE: (f64, f64) = (800.0, 450.0);
-const LEFT: f64 = 70.0;
-const RIGHT: f64 = 780.0;
-const TOP: f64 = 44.0;
-const BOTTOM: f64 = 396.0;
 
 impl Curve {
     /// Writes `step,tokens,loss,lr,held_out`, a line for each step, the last field empty where nothing was measured.
@@ -92,99 +86,22 @@ impl Curve {
         let smooth = self.smooth((raw.len() as f64 / 40.0).max(1.0));
         let dots: Vec<(f64, f64)> =
             self.held_out.iter().map(|&(s, l)| (s as f64, l)).filter(|p| p.1.is_finite()).collect();
-        let all = || raw.iter().chain(&dots);
-        let range = |f: fn(&(f64, f64)) -> f64| {
-            let (low, high) = all().map(f).fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(x), b.max(x)));
-            if low > high { (0.0, 1.0) } else { (low, if high > low { high } else { low + 1.0 }) }
-        };
-        let (xs, ys) = (ticks(range(|p| p.0), 8), ticks(range(|p| p.1), 6));
-        let (x0, x1) = range(|p| p.0);
-        // The loss axis ends on ticks, the steps where the run does.
-        let (y0, y1) = (ys[0], ys[ys.len() - 1]);
-        let x = |v: f64| LEFT + (v - x0) / (x1 - x0) * (RIGHT - LEFT);
-        let y = |v: f64| BOTTOM - (v - y0) / (y1 - y0) * (BOTTOM - TOP);
-        let line = |points: &[(f64, f64)]| -> String {
-            points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect::<Vec<_>>().join(" ")
-        };
-
-        let (w, h) = SIZE;
-        let mut s = format!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="13" fill="#222">
-<rect width="{w}" height="{h}" fill="#fff"/>
-<text x="{LEFT}" y="26" font-size="16">{}</text>
-"##,
-            escape(title)
-        );
-        for (v, label) in ys.iter().zip(labels(&ys)) {
-            let at = y(*v);
-            let _ = writeln!(s, r##"<path d="M{LEFT} {at:.1}H{RIGHT}" stroke="#ddd"/>"##);
-            let _ = writeln!(s, r##"<text x="{}" y="{:.1}" text-anchor="end">{label}</text>"##, LEFT - 8.0, at + 4.5);
-        }
-        for (v, label) in xs.iter().zip(labels(&xs)).filter(|(v, _)| (x0..=x1).contains(*v)) {
-            let at = x(*v);
-            let _ = writeln!(s, r##"<path d="M{at:.1} {BOTTOM}v6" stroke="#222"/>"##);
-            let _ = writeln!(s, r##"<text x="{at:.1}" y="{}" text-anchor="middle">{label}</text>"##, BOTTOM + 20.0);
-        }
-        let (middle_x, middle_y) = ((LEFT + RIGHT) / 2.0, (TOP + BOTTOM) / 2.0);
-        let _ = writeln!(
-            s,
-            r##"<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>
-<text x="{middle_x}" y="{}" text-anchor="middle">step</text>
-<text transform="translate(18 {middle_y}) rotate(-90)" text-anchor="middle">loss, nats per token</text>"##,
-            h - 14.0
-        );
-        let mut legend = Vec::new();
+        let mut chart = Chart::new(title, "step", "loss, nats per token");
         if !raw.is_empty() {
-            let _ = writeln!(
-                s,
-                r##"<polyline points="{}" fill="none" stroke="#9bb8d9" stroke-width="1"/>
-<polyline points="{}" fill="none" stroke="#1f4e8c" stroke-width="2.5"/>"##,
-                line(&raw),
-                line(&smooth)
-            );
-            legend.extend([("#9bb8d9", "each step"), ("#1f4e8c", "smoothed")]);
-        }
-        for p in &dots {
-            let _ = writeln!(s, r##"<circle cx="{:.1}" cy="{:.1}" r="4" fill="#c4421a"/>"##, x(p.0), y(p.1));
+            chart.line("each step", "#9bb8d9", 1.0, raw);
+            chart.line("smoothed", "#1f4e8c", 2.5, smooth);
         }
         if !dots.is_empty() {
-            legend.push(("#c4421a", "held out"));
+            chart.dots("held out", "#c4421a", dots);
         }
-        for (i, (colour, text)) in legend.iter().rev().enumerate() {
-            let at = RIGHT - 120.0 * (i + 1) as f64;
-            let _ = writeln!(
-                s,
-                r##"<rect x="{at}" y="16" width="12" height="12" fill="{colour}"/><text x="{}" y="27">{text}</text>"##,
-                at + 18.0
-            );
-        }
-        s + "</svg>\n"
+        chart.svg()
     }
-}
-
-/// Round values, 1, 2 or 5 times a power of ten apart, from at or below the range to at or above it; about `count`.
-fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
-    let rough = (high - low) / count as f64;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|&s| s >= rough * 0.999).unwrap_or(rough);
-    let (from, to) = ((low / step).floor() as i64, (high / step).ceil() as i64);
-    (from..=to).map(|i| i as f64 * step).collect()
-}
-
-/// The ticks with as many decimals as they need to differ.
-fn labels(ticks: &[f64]) -> Vec<String> {
-    let step = ticks[1] - ticks[0];
-    let decimals = (-step.log10()).ceil().max(0.0) as usize;
-    ticks.iter().map(|v| format!("{v:.decimals$}")).collect()
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::chart::{BOTTOM, LEFT, RIGHT, TOP};
 
     fn sample() -> Curve {
         let loss = |s: f64| 3.2 * (-s / 120.0).exp() + 1.1 + 0.25 * (s * 1.7).sin();
@@ -200,17 +117,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         c.write_csv(&dir.path().join("loss.csv")).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join("loss.csv")).unwrap(), c.csv());
-    }
-
-    #[test]
-    fn ticks_are_round_and_cover_the_range() {
-        assert_eq!(ticks((0.0, 400.0), 8), [0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0, 350.0, 400.0]);
-        assert_eq!(labels(&ticks((0.93, 4.4), 6)), ["0", "1", "2", "3", "4", "5"]);
-        assert_eq!(labels(&ticks((0.012, 0.055), 6)), ["0.01", "0.02", "0.03", "0.04", "0.05", "0.06"]);
-        for (low, high) in [(0.0, 1.0), (1e-9, 2e-9), (3.0, 1e7), (-5.0, 12.3)] {
-            let t = ticks((low, high), 6);
-            assert!(t[0] <= low && t[t.len() - 1] >= high && (2..=10).contains(&t.len()), "{t:?}");
-        }
     }
 
     #[test]

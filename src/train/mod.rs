@@ -1,5 +1,6 @@
 //! Training: data, objectives, optimisers and their schedule, the trainer, checkpoints, the curve of the loss.
 
+pub mod chart;
 pub mod checkpoint;
 pub mod curve;
 pub mod data;
