@@ -37,9 +37,9 @@ pub(super) struct DraftArgs {
     /// Most alternatives at a place; 1 drafts a chain.
     #[arg(long, default_value_t = 4)]
     pub draft_width: usize,
-    /// The draft head learns while it serves: auto, sgd, optimistic, momentum, adam, optimistic-adam or ensemble. The text is the
-    /// same.
-    #[arg(long, value_name = "RULE", num_args = 0..=1, default_missing_value = "auto")]
+    /// The draft learns while it serves, by a rule: auto, sgd, optimistic, momentum, adam, optimistic-adam or ensemble. The text is
+    /// the same.
+    #[arg(long, value_name = "RULE", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     pub learn: Option<String>,
     /// Where what it learns is kept from run to run.
     #[arg(long, value_name = "FILE")]

@@ -44,7 +44,7 @@ fn generation_learns_from_run_to_run() {
     let base = ["generate", "--raw", "The cat counts to seven and the dog", "-n", "60", "--ignore-eos", "--json"];
     let plain = json(&base);
     for draft in ["tiny-drafts/hydra", "lookup+tiny-drafts/eagle3", "tiny-llama"] {
-        let learning = ["--draft", draft, "--draft-nodes", "4", "--learn", "adam", "--draft-state", text(&state)];
+        let learning = ["--draft", draft, "--draft-nodes", "4", "--learn=adam", "--draft-state", text(&state)];
         let mut files = Vec::new();
         for _ in 0..2 {
             let said = json(&[&base[..], &learning[..]].concat());
@@ -52,14 +52,14 @@ fn generation_learns_from_run_to_run() {
             files.push(std::fs::read(&state).unwrap());
         }
         assert!(files[0] != files[1], "{draft}");
-        let other = ["--draft", draft, "--draft-nodes", "4", "--learn", "sgd", "--draft-state", text(&state)];
+        let other = ["--draft", draft, "--draft-nodes", "4", "--learn=sgd", "--draft-state", text(&state)];
         refused(&[&base[..], &other[..]].concat(), &["draft.state", "another rule"]);
         std::fs::write(&state, "nothing").unwrap();
         refused(&[&base[..], &learning[..]].concat(), &["draft.state"]);
         std::fs::remove_file(&state).unwrap();
     }
     let with = |more: &[&str], words: &[&str]| refused(&[&base[..], more].concat(), words);
-    with(&["--draft", "tiny-drafts/hydra", "--learn", "magic"], &["magic", "optimistic-adam"]);
+    with(&["--draft", "tiny-drafts/hydra", "--learn=magic"], &["magic", "optimistic-adam"]);
     with(&["--draft", "tiny-drafts/medusa", "--learn"], &["Medusa"]);
     with(&["--draft", "lookup", "--learn"], &["Lookup does not learn"]);
     with(&["--learn"], &["--learn", "--draft"]);

@@ -264,7 +264,7 @@ fn text(n: u64) -> Text {
     let mut rng = Rng::new(n);
     let prompt = (0..3 + rng.below(6)).map(|_| rng.below(384) as u32).collect();
     let warm = Sampler { temperature: 0.8, top_p: 0.95, ..Sampler::greedy() };
-    let sampler = if n % 2 == 0 { Sampler::greedy() } else { warm };
+    let sampler = if n.is_multiple_of(2) { Sampler::greedy() } else { warm };
     let budget = if n % 4 < 2 { Budget::new(4, 4, 1) } else { Budget::new(11, 4, 3) };
     Text { prompt, sampler, budget, seed: n, tokens: 24 }
 }
