@@ -45,7 +45,7 @@ impl<B: Train> Eagle3<B> {
                 let ids = head.integers("d2t")?.into_iter().zip(0i64..).map(|(offset, i)| (i + offset) as u32);
                 DraftVocab::new(ids.collect(), all)?
             }
-            None => DraftVocab::new((0..all as u32).collect(), all)?,
+            None => DraftVocab::all(all),
         };
         let fc = head.shape("fc.weight").and_then(|s| s.get(1).copied()).unwrap_or(0);
         let taps = fc / hidden;
@@ -63,24 +63,6 @@ impl<B: Train> Eagle3<B> {
         let head = EagleHead::new(be, cfg, &tensors)?;
         Ok(Self { head, saved, vocab, k, weights, target })
     }
-
-    /// Passes that hold all of `sequences`, in order.
-    fn passes(&self, sequences: &[&Sequence]) -> Result<Vec<HeadPass>> {
-        let (mut passes, mut some, mut rows) = (Vec::new(), Vec::new(), 0);
-        for &s in sequences {
-            let n = s.tokens.len().saturating_sub(2);
-            if rows + n > self.saved.rows && !some.is_empty() {
-                passes.push(HeadPass::new(self.head.config(), &some, &self.vocab, self.k)?);
-                some.clear();
-                rows = 0;
-            }
-            some.push(s);
-            rows += n;
-        }
-        passes.push(HeadPass::new(self.head.config(), &some, &self.vocab, self.k)?);
-        passes.retain(|p| p.active(0) > 0);
-        Ok(passes)
-    }
 }
 
 impl<B: Train> Trainable<B> for Eagle3<B> {
@@ -97,11 +79,13 @@ impl<B: Train> Trainable<B> for Eagle3<B> {
     }
 
     fn pass(&mut self, sequences: &[&Sequence], learn: bool) -> Result<Measured> {
-        let passes = self.passes(sequences)?;
+        let (cfg, most) = (self.head.config(), self.saved.rows);
+        let mut passes = HeadPass::packed(cfg, sequences, &self.vocab, self.k, most)?;
+        passes.retain(|p| p.active(0) > 0);
         let steps = self.weights.len();
         let active = |i: usize| passes.iter().map(|p| p.active(i)).sum::<usize>();
         let weights: Vec<f32> = self.weights.iter().enumerate().map(|(i, w)| w / active(i).max(1) as f32).collect();
-        let mut found = Measured { loss: 0.0, rows: active(0), asked: vec![0; steps], right: vec![0; steps] };
+        let mut found = Measured { rows: active(0), ..Measured::default() };
         let total: f64 = self.weights.iter().copied().map(f64::from).sum();
         let Self { target, head, saved, .. } = self;
         let be = target.backend();
@@ -114,16 +98,7 @@ impl<B: Train> Trainable<B> for Eagle3<B> {
             for (losses, w) in said.loss.iter().zip(&weights) {
                 found.loss += f64::from(*w) * losses.iter().sum::<f64>() / total;
             }
-            for s in 0..pass.slots() {
-                for i in 0..steps {
-                    let Some(wanted) = pass.wanted(s, i) else { break };
-                    found.asked[i] += 1;
-                    if said.token[i][s] != wanted {
-                        break;
-                    }
-                    found.right[i] += 1;
-                }
-            }
+            found.count(pass.slots(), steps, |s, i| pass.wanted(s, i).map(|wanted| said.token[i][s] == wanted));
         }
         Ok(found)
     }

@@ -22,12 +22,12 @@ pub struct Measured {
 impl Measured {
     /// Tokens that a pass of the target would give with a chain of as many drafted ones as there are steps: 1 + a0 + a0 a1 + ...
     pub fn length(&self) -> f64 {
-        let chance = |(r, n): (&u64, &u64)| *r as f64 / (*n).max(1) as f64;
-        let chain = self.right.iter().zip(&self.asked).map(chance).scan(1.0, |p, a| {
-            *p *= a;
-            Some(*p)
-        });
-        1.0 + chain.sum::<f64>()
+        chain_length(&self.rates())
+    }
+
+    /// In each step the share of the rows asked that were right; 0 where none was asked.
+    pub fn rates(&self) -> Vec<f64> {
+        self.right.iter().zip(&self.asked).map(|(r, n)| *r as f64 / (*n).max(1) as f64).collect()
     }
 
     /// Counts the rows of a pass: `right` says whether a row's proposal in a step is the target's, if it has such a step.
@@ -45,6 +45,15 @@ impl Measured {
             }
         }
     }
+}
+
+/// 1 + a0 + a0 a1 + ...
+pub(super) fn chain_length(rates: &[f64]) -> f64 {
+    let chain = rates.iter().scan(1.0, |p, a| {
+        *p *= a;
+        Some(*p)
+    });
+    1.0 + chain.sum::<f64>()
 }
 
 /// A draft's weights with what their training needs. Its loss is that of its kind.

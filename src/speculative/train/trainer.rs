@@ -3,6 +3,7 @@
 use super::forward::Said;
 use super::pass::HeadPass;
 use super::saved::HeadSaved;
+use super::trainable::{Measured, chain_length};
 use super::weights::EagleHead;
 use crate::backend::{Buffer, Train};
 use crate::error::{Result, bail};
@@ -40,11 +41,7 @@ pub struct Agreement {
 impl Agreement {
     /// Tokens that a pass of the target would give with a chain of as many drafted ones as there are steps: 1 + a0 + a0 a1 + ...
     pub fn length(&self) -> f64 {
-        let chain = self.right.iter().scan(1.0, |p, a| {
-            *p *= a;
-            Some(*p)
-        });
-        1.0 + chain.sum::<f64>()
+        chain_length(&self.right)
     }
 }
 
@@ -144,23 +141,13 @@ impl<B: Train> HeadTrainer<B> {
     /// The device's.
     pub fn evaluate(&mut self, passes: &[HeadPass]) -> Result<Agreement> {
         let (weights, steps) = (self.slot_weights(passes), self.weights.len());
-        let (mut loss, mut asked, mut right) = (0.0, vec![0u64; steps], vec![0u64; steps]);
+        let mut found = Measured::default();
         for pass in passes {
             let said = self.pass(pass, &weights, false, true)?;
-            loss += self.mean(&said, &weights);
-            for s in 0..pass.slots() {
-                for i in 0..steps {
-                    let Some(wanted) = pass.wanted(s, i) else { break };
-                    asked[i] += 1;
-                    if said.token[i][s] != wanted {
-                        break;
-                    }
-                    right[i] += 1;
-                }
-            }
+            found.loss += self.mean(&said, &weights);
+            found.count(pass.slots(), steps, |s, i| pass.wanted(s, i).map(|wanted| said.token[i][s] == wanted));
         }
-        let right = right.iter().zip(asked).map(|(&r, n)| r as f64 / n.max(1) as f64).collect();
-        Ok(Agreement { loss, right })
+        Ok(Agreement { loss: found.loss, right: found.rates() })
     }
 
     /// All that the run needs to go on: the caller knows the data's place and the settings.
