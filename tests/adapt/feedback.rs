@@ -2,7 +2,7 @@
 
 use half::bf16;
 use quadriga::backend::naive::Naive;
-use quadriga::speculative::adapt::Episode;
+use quadriga::speculative::adapt::{Episode, Spend};
 use quadriga::speculative::train::{Sequence, extent};
 
 use super::*;
@@ -147,4 +147,17 @@ fn long_texts_are_learnt_in_parts() {
         let more = class.with(|l| l.stats().rows) - stats.rows;
         assert!(more > 60, "{kind}: {more}");
     }
+}
+
+#[test]
+fn a_text_is_heard_whole_though_time_runs_out() {
+    let world = World::new(cpu());
+    // Reading the first row already takes more time than there is.
+    let how = Learning { spending: Some(Spend { floor: 0.0, most: 0.0 }), ..eager("adam") };
+    let class = world.class("eagle3", &how);
+    world.say(&class, &Text { tokens: 40, ..text(2) }, true, &mut |_| {});
+    assert_eq!(class.with(|l| l.stats().updates), 0);
+    class.with(|l| l.update().unwrap());
+    let rows = class.with(|l| l.stats().rows);
+    assert!(rows > 30, "{rows}");
 }

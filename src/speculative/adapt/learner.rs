@@ -222,11 +222,20 @@ impl<B: Train> Learner<B> {
         &self.stats
     }
 
-    /// Tokens of the target's distribution that it wants behind each committed token; 0: none, for now.
-    pub fn wants(&self) -> usize {
-        let wants = self.guard.watches() || self.spending.as_ref().is_none_or(Spending::allows);
-        // The head may not know some of them.
-        if wants { 2 * self.how.teacher } else { 0 }
+    /// Whether a new version is watched, which needs all rows.
+    pub(super) fn watches(&self) -> bool {
+        self.guard.watches()
+    }
+
+    /// Whether it has time to spend.
+    pub(super) fn allows(&self) -> bool {
+        self.spending.as_ref().is_none_or(Spending::allows)
+    }
+
+    /// Reading rows for it took so long.
+    pub(super) fn paid(&mut self, seconds: f64) {
+        self.stats.seconds += seconds;
+        self.spending.iter_mut().for_each(|s| s.spent(seconds));
     }
 
     /// Hears that a pass kept `kept` tokens in `seconds`. Returns whether it wants all rows now, for [`Learner::settle`].
@@ -254,16 +263,14 @@ impl<B: Train> Learner<B> {
     /// Whether an update is due.
     pub(super) fn is_due(&self, pending: usize) -> bool {
         let rows = self.feedback.fresh_rows() + pending;
-        rows >= self.how.rows && !self.guard.watches() && self.spending.as_ref().is_none_or(Spending::allows)
+        rows >= self.how.rows && !self.watches() && self.allows()
     }
 
     fn counted<T>(&mut self, what: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let start = Instant::now();
         let done = what(self);
-        let seconds = start.elapsed().as_secs_f64();
-        self.stats.seconds += seconds;
-        if let Some(s) = &mut self.spending {
-            s.spent(seconds);
+        self.paid(start.elapsed().as_secs_f64());
+        if let Some(s) = &self.spending {
             self.stats.gain = s.gain();
         }
         done

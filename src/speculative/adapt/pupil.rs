@@ -1,6 +1,7 @@
 //! [`Ear`]: brings what one text's verifications found to a learner.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::feedback::Episode;
 use super::learner::Learner;
@@ -46,6 +47,9 @@ pub struct Ear<B: Train> {
     /// Rows that are a sequence of their own, whether an update is due or not.
     longest: usize,
     choices: Choices<B>,
+    /// Whether the learner had time for this text when it began: all of its rows are read then, or none, since rows with a gap between them
+    /// are no sequence.
+    listens: Option<bool>,
     /// Whether it has given up: serving goes on without learning.
     failed: bool,
 }
@@ -60,12 +64,16 @@ impl<B: Train> Ear<B> {
         let k = (2 * how.teacher).min(vocab);
         let choices = Choices::new(be, vocab, TOGETHER, k)?;
         let (context, longest) = (how.context, how.longest());
-        Ok(Self { learner, episode: Episode::new(k), context, longest, choices, failed: false })
+        Ok(Self { learner, episode: Episode::new(k), context, longest, choices, listens: None, failed: false })
     }
 
     fn hear(&mut self, v: &Verified<'_, B>) -> Result<()> {
-        let wants = lock(&self.learner).wants() > 0;
-        if wants {
+        let (watches, allows) = {
+            let learner = lock(&self.learner);
+            (learner.watches(), learner.allows())
+        };
+        let start = Instant::now();
+        if *self.listens.get_or_insert(allows) || watches {
             let be = v.session.model().backend();
             // The kept rows are all that is committed but the last tokens: those of the path.
             let at = v.session.cache().len() - v.path.len();
@@ -81,6 +89,7 @@ impl<B: Train> Ear<B> {
             }
         }
         let mut learner = lock(&self.learner);
+        learner.paid(start.elapsed().as_secs_f64());
         let settle = learner.heard(v.path.len(), v.drafted, v.seconds);
         let due = learner.is_due(self.episode.len());
         if (settle || due || self.episode.len() >= self.longest)
@@ -113,6 +122,7 @@ impl<B: Train> Pupil<B> for Ear<B> {
     }
 
     fn finish(&mut self, session: &Session<B>) {
+        self.listens = None;
         if !self.failed {
             let done = self.episode.take(session, self.context).map(|s| {
                 if let Some(s) = s {
