@@ -10,6 +10,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::accept::{Prompt, encode, read};
 use super::flags::{Common, SamplingArgs};
@@ -81,6 +82,9 @@ struct Row {
 
 #[derive(Serialize, Deserialize)]
 struct Done {
+    /// Other methods, or a stream that begins with other prompts, cannot go on from here.
+    methods: Vec<String>,
+    sha256: String,
     prompts: usize,
     rows: Vec<Row>,
 }
@@ -198,6 +202,17 @@ fn segment(part: &str) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
+/// SHA-256 of prompts and of the segments that they belong to, in hexadecimal.
+fn digest(prompts: &[(usize, &Prompt)]) -> String {
+    let mut hash = Sha256::new();
+    for (segment, p) in prompts {
+        hash.update((*segment as u64).to_le_bytes());
+        hash.update((p.text.len() as u64).to_le_bytes());
+        hash.update(&p.text);
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 pub(super) fn run(common: &Common, args: &BenchOnlineArgs) -> Result<ExitCode> {
     let stream: Vec<Vec<Prompt>> = args.stream.iter().map(|p| segment(p)).collect::<Result<_>>()?;
     let engine = common.engine()?;
@@ -205,19 +220,24 @@ pub(super) fn run(common: &Common, args: &BenchOnlineArgs) -> Result<ExitCode> {
     let methods: Vec<Method> = names.map(|n| Method::open(&engine, n, args)).collect::<Result<_>>()?;
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(args.out.display(), e))?;
     let at = args.out.join("progress.json");
-    let mut done = Done { prompts: 0, rows: Vec::new() };
+    let names = methods.iter().map(|m| m.name.clone()).collect();
+    let all: Vec<(usize, &Prompt)> =
+        stream.iter().enumerate().flat_map(|(s, prompts)| prompts.iter().map(move |p| (s, p))).collect();
+    let mut done = Done { methods: names, sha256: digest(&[]), prompts: 0, rows: Vec::new() };
     if at.exists() {
         ensure!(args.resume, Usage, "{}: of an earlier run: --resume goes on with it", at.display());
         let bytes = std::fs::read(&at).map_err(|e| Error::io(at.display(), e))?;
         let damaged = |e| Error::with_source(ErrorKind::Config, at.display().to_string(), e);
-        done = serde_json::from_slice(&bytes).map_err(damaged)?;
+        let before: Done = serde_json::from_slice(&bytes).map_err(damaged)?;
+        let begins = all.get(..before.prompts).is_some_and(|p| digest(p) == before.sha256);
+        let same = begins && before.methods == done.methods;
+        ensure!(same, Usage, "{}: of other methods, or of a stream that begins with other prompts", at.display());
+        done = before;
         for m in methods.iter().filter(|m| m.draft.learnt().is_some()) {
             m.draft.restore_learnt(&m.state(&args.out))?;
         }
     }
-    let all: Vec<(usize, &Prompt)> =
-        stream.iter().enumerate().flat_map(|(s, prompts)| prompts.iter().map(move |p| (s, p))).collect();
-    let (bar, begun) = (out::bar(all.len() as u64, "prompts"), done.prompts);
+    let (bar, mut asked) = (out::bar(all.len() as u64, "prompts"), 0);
     for (i, (segment, prompt)) in all.iter().enumerate().skip(done.prompts) {
         bar.set_position(i as u64);
         let ids = encode(&engine, args.raw, &prompt.text)?;
@@ -226,26 +246,29 @@ pub(super) fn run(common: &Common, args: &BenchOnlineArgs) -> Result<ExitCode> {
             let mut first: Option<Vec<u32>> = None;
             for turn in 0..methods.len() {
                 // In another order each time: what slows the machine slows all alike.
-                let m = &methods[(turn + i - begun) % methods.len()];
+                let m = &methods[(turn + asked) % methods.len()];
                 let (tokens, row) = m.run(&engine, &ids, room, common.seed)?;
                 // All draft by the same costs: how much is drafted should depend on drafts alone.
-                if let Some(costs) = methods[0].draft.costs_json().filter(|_| done.prompts == begun) {
+                if let Some(costs) = methods[0].draft.costs_json().filter(|_| asked == 0) {
                     methods.iter().try_for_each(|m| m.draft.set_costs(&costs))?;
                 }
                 let equal = first.get_or_insert_with(|| tokens.clone()) == &tokens;
                 let category = prompt.category.clone();
                 done.rows.push(Row { prompt: i, segment: *segment, category, equal, ..row });
             }
+            asked += 1;
         }
         if args.chunk > 0 && (i + 1) % args.chunk == 0 {
             methods.iter().filter(|m| m.draft.learnt().is_some()).try_for_each(|m| m.draft.learn_now())?;
         }
         done.prompts = i + 1;
         if (i + 1) % args.save_every.max(1) == 0 && i + 1 < all.len() {
+            done.sha256 = digest(&all[..done.prompts]);
             save(&args.out, &methods, &done)?;
         }
     }
     bar.finish_and_clear();
+    done.sha256 = digest(&all);
     save(&args.out, &methods, &done)?;
     report(common, args, &methods, &done.rows)
 }

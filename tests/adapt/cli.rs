@@ -98,11 +98,16 @@ fn streams_are_compared_and_gone_on_with() {
     assert_eq!(csv().lines().count(), 1 + 7 * 4);
     assert!(csv().lines().skip(1).all(|l| l.contains(",true,")));
     refused(&refs(&args), &["progress.json", "--resume"]);
-    // On with more prompts: what was done stays.
+    // On with more prompts: what was done stays. Not on with others, nor by other methods.
     let old = csv();
-    let more = json(&refs(&base(text(&out), &[&x, text(&stream)], methods, &["--resume"])));
-    assert_eq!((&more["prompts"], &more["unequal"]), (&12.into(), &0.into()), "{more}");
-    assert!(csv().starts_with(&old) && csv().lines().count() == 1 + 12 * 4);
+    let more = json(&refs(&base(text(&out), &[&x, &y, &x], methods, &["--resume"])));
+    assert_eq!((&more["prompts"], &more["unequal"]), (&11.into(), &0.into()), "{more}");
+    assert!(csv().starts_with(&old) && csv().lines().count() == 1 + 11 * 4);
+    refused(
+        &refs(&base(text(&out), &[&x, text(&stream)], methods, &["--resume"])),
+        &["progress.json", "other prompts"],
+    );
+    refused(&refs(&base(text(&out), &[&x, &y, &x], "sgd", &["--resume"])), &["progress.json", "other methods"]);
     // Chunks: one update behind each.
     let chunks = dir.path().join("chunks");
     let found = json(&refs(&base(text(&chunks), &[&x], "adam", &["--chunk", "2"])));
