@@ -60,7 +60,8 @@ pub struct LearnStats {
     pub updates: u64,
     /// Rows learnt.
     pub rows: u64,
-    /// Sum over these of their losses before they were learnt, nats: of the experts by their weights.
+    /// Sum over these of their losses before they were learnt, nats: of the experts by their weights. The mean of an update counts as 8 at
+    /// most.
     pub loss: f64,
     /// Versions taken back.
     pub rollbacks: u64,
