@@ -42,6 +42,7 @@ fn what_is_written_is_read() {
         alpha: 8.0,
         rank_stabilized: false,
         base_model: Some("some/model".into()),
+        diffusion: None,
         tensors: (0..12)
             .flat_map(|l| [LayerRole::Q, LayerRole::Down].map(|m| (l, m)))
             .map(|(l, m)| tensor(l, m, 4, 8.0, &mut rng))
@@ -75,7 +76,7 @@ fn what_does_not_fit_is_not_written() {
     let folder = dir.path().join("adapter");
     let q = tensor(0, LayerRole::Q, 2, 1.0, &mut rng);
     let fails = |tensors: Vec<PeftTensor>| {
-        let a = PeftAdapter { rank: 2, alpha: 1.0, rank_stabilized: false, base_model: None, tensors };
+        let a = PeftAdapter { rank: 2, alpha: 1.0, rank_stabilized: false, base_model: None, diffusion: None, tensors };
         a.write(&folder, &model()).unwrap_err().to_string()
     };
     assert!(fails(vec![q.clone(), q.clone()]).contains("self_attn.q_proj is given twice"));

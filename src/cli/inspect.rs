@@ -45,6 +45,7 @@ pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
                 "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim, "ffn": c.ffn, "eps": c.eps,
                 "context": c.context, "rope_theta": c.rope.theta, "window": c.window, "qkv_bias": c.qkv_bias,
                 "qk_norm": c.qk_norm, "tied": c.tied, "bos": c.bos, "eos": c.eos,
+                "diffusion": c.diffusion.map(|d| json!({"mask": d.mask, "shift": d.shift, "block": d.block})),
             },
             "parameters": parameters,
             "types": types,
@@ -79,6 +80,14 @@ pub(super) fn run(common: &Common, args: &InspectArgs) -> Result<()> {
         format!(" · window {w} in {local} layers")
     });
     text += &format!("context {} · rope base {}{window}\n", c.context, c.rope.theta);
+    if let Some(d) = &c.diffusion {
+        text += &format!(
+            "masked diffusion · mask {} · {} · {}\n",
+            d.mask,
+            if d.shift { "row i predicts position i + 1" } else { "row i predicts position i" },
+            d.block.map_or("all see all".into(), |b| format!("blocks of {b} see themselves and all before"))
+        );
+    }
     for (name, (count, bytes)) in &types {
         text += &format!("  {name:6} {count:4} tensors {:10.1} MB\n", mb(*bytes));
     }

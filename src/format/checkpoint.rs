@@ -211,11 +211,11 @@ impl Checkpoint {
         HostTensor::from_f32(rows, cols, &values)
     }
 
-    /// Whether the file orders these rows for interleaved rotary pairs, as GGUF does for architecture `llama` alone.
+    /// Whether the file orders these rows for interleaved rotary pairs, as GGUF does for architectures `llama` and `llada`.
     fn is_permuted(&self, role: Role) -> bool {
         use LayerRole::{K, KBias, Q, QBias};
         matches!(self.store, Store::Gguf(_))
-            && matches!(self.config.family, Family::Llama | Family::Mistral)
+            && matches!(self.config.family, Family::Llama | Family::Mistral | Family::Llada)
             && matches!(role, Role::Layer(_, Q | K | QBias | KBias))
     }
 }

@@ -3,7 +3,7 @@
 use crate::error::{Result, bail, ensure};
 use crate::format::StoredType;
 use crate::format::gguf::Gguf;
-use crate::model::config::{Activation, Family, ModelConfig, Rope, RopeScaling};
+use crate::model::config::{Activation, Diffusion, Family, ModelConfig, Rope, RopeScaling};
 
 /// Metadata of one architecture: keys without their `llama.` prefix.
 struct Keys<'a> {
@@ -53,7 +53,11 @@ pub fn model_config(file: &Gguf) -> Result<ModelConfig> {
         "qwen2" => Family::Qwen2,
         "qwen3" => Family::Qwen3,
         "gemma3" => Family::Gemma3,
-        _ => bail!(Unsupported, "architecture {arch:?} is not handled; llama, qwen2, qwen3 and gemma3 are"),
+        "llada" => Family::Llada,
+        "dream" => Family::Dream,
+        _ => {
+            bail!(Unsupported, "architecture {arch:?} is not handled; llama, qwen2, qwen3, gemma3, llada and dream are")
+        }
     };
     let k = Keys { file, arch };
     refuse_unhandled(&k)?;
@@ -78,7 +82,7 @@ pub fn model_config(file: &Gguf) -> Result<ModelConfig> {
         None => bail!(Config, "{} is missing", k.key("attention.layer_norm_rms_epsilon")),
     };
     c.tied = file.tensor("output.weight").is_none();
-    c.qkv_bias = family == Family::Qwen2 || file.tensor("blk.0.attn_q.bias").is_some();
+    c.qkv_bias = matches!(family, Family::Qwen2 | Family::Dream) || file.tensor("blk.0.attn_q.bias").is_some();
     c.qk_norm = matches!(family, Family::Qwen3 | Family::Gemma3);
     c.attn_scale = (c.head_dim as f32).powf(-0.5);
     c.rope = rope(&k, family)?;
@@ -94,7 +98,22 @@ pub fn model_config(file: &Gguf) -> Result<ModelConfig> {
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
         c.eos.extend(file.token(key)?.filter(|t| !c.eos.contains(t)).into_iter().collect::<Vec<_>>());
     }
+    c.diffusion = diffusion(file, family)?;
     c.validate()
+}
+
+/// What makes LLaDA and Dream diffusion models, by the keys of llama.cpp's converters.
+fn diffusion(file: &Gguf, family: Family) -> Result<Option<Diffusion>> {
+    let shift = match family {
+        Family::Llada => false,
+        // Its converter does not write the key.
+        Family::Dream => true,
+        _ => return Ok(None),
+    };
+    let Some(mask) = file.token("tokenizer.ggml.mask_token_id")? else {
+        bail!(Config, "tokenizer.ggml.mask_token_id is missing");
+    };
+    Ok(Some(Diffusion { mask, shift: file.bool("diffusion.shift_logits")?.unwrap_or(shift), block: None }))
 }
 
 fn refuse_unhandled(k: &Keys<'_>) -> Result<()> {

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::format::diffusion_config;
 use crate::format::mmap::read_text;
 use crate::model::config::{Activation, Family, ModelConfig, Rope, RopeScaling};
 
@@ -52,6 +53,7 @@ pub(super) fn parse_object(top: &Map<String, Value>) -> Result<ModelConfig> {
         if !outer.is_empty() {
             c.eos = outer;
         }
+        c.diffusion = diffusion_config::diffusion(Fields(top), fields, &c)?;
         c.validate()
     })
 }
@@ -67,13 +69,18 @@ fn model_config(f: Fields<'_>) -> Result<ModelConfig> {
         Some("qwen2") => Family::Qwen2,
         Some("qwen3") => Family::Qwen3,
         Some("gemma3_text") => Family::Gemma3,
+        Some("llada") => Family::Llada,
+        Some("Dream") => Family::Dream,
         Some(other) => bail!(
             Unsupported,
-            "model_type {other:?} is not handled; llama, mistral, qwen2, qwen3, gemma3_text and gemma3 with a text_config are"
+            "model_type {other:?} is not handled; llama, mistral, qwen2, qwen3, gemma3_text, gemma3 with a text_config, llada and Dream are"
         ),
         None => bail!(Config, "model_type is missing"),
     };
     refuse_unhandled(&f, family)?;
+    if family == Family::Llada {
+        return diffusion_config::llada(f);
+    }
 
     let gemma = family == Family::Gemma3;
     let (hidden, heads) = (f.need("hidden_size")?, f.need("num_attention_heads")?);
@@ -99,7 +106,7 @@ fn model_config(f: Fields<'_>) -> Result<ModelConfig> {
         None => bail!(Config, "rms_norm_eps is missing"),
     };
     c.activation = activation(&f, family)?;
-    c.qkv_bias = family == Family::Qwen2;
+    c.qkv_bias = matches!(family, Family::Qwen2 | Family::Dream);
     c.qk_norm = matches!(family, Family::Qwen3 | Family::Gemma3);
     c.post_norms = gemma;
     // Where the files leave it out, Gemma's reference ties the matrices and the others' do not.
@@ -117,8 +124,8 @@ fn model_config(f: Fields<'_>) -> Result<ModelConfig> {
 }
 
 fn refuse_unhandled(f: &Fields<'_>, family: Family) -> Result<()> {
-    // Qwen2 files may say `attention_bias`; its q, k and v always have one and its output never.
-    let bias = f.bool("attention_bias")?.unwrap_or(false) && family != Family::Qwen2;
+    // Files of Qwen2 and Dream may say `attention_bias`; their q, k and v always have one and their output never.
+    let bias = f.bool("attention_bias")?.unwrap_or(false) && !matches!(family, Family::Qwen2 | Family::Dream);
     ensure!(!bias, Unsupported, "attention_bias with a bias on the output projection is not handled");
     ensure!(!f.bool("mlp_bias")?.unwrap_or(false), Unsupported, "mlp_bias is not handled");
     for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
@@ -128,6 +135,8 @@ fn refuse_unhandled(f: &Fields<'_>, family: Family) -> Result<()> {
     for name in ["quantization_config", "num_experts", "num_local_experts"] {
         ensure!(f.get(name).is_none(), Unsupported, "{name} is given, which is not handled");
     }
+    let mrope = family == Family::Dream && f.bool("use_mrope")?.unwrap_or(false);
+    ensure!(!mrope, Unsupported, "use_mrope is not handled");
     let part = f.number("partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(part == 1.0, Unsupported, "partial_rotary_factor {part} is not handled");
     Ok(())
@@ -229,9 +238,9 @@ fn windows(f: &Fields<'_>, c: &mut ModelConfig) -> Result<()> {
     let layers = c.layers.min(1 << 12);
     let types = f.layer_types()?;
     match c.family {
-        Family::Llama => return Ok(()),
+        Family::Llama | Family::Llada => return Ok(()),
         Family::Mistral => c.window = window,
-        Family::Qwen2 | Family::Qwen3 => {
+        Family::Qwen2 | Family::Qwen3 | Family::Dream => {
             if !f.bool("use_sliding_window")?.unwrap_or(false) {
                 return Ok(());
             }
@@ -263,9 +272,13 @@ fn windows(f: &Fields<'_>, c: &mut ModelConfig) -> Result<()> {
 
 /// A JSON object whose values are asked for by name and type; null counts as absent.
 #[derive(Clone, Copy)]
-struct Fields<'a>(&'a Map<String, Value>);
+pub(super) struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
+    pub(super) fn of(object: &'a Map<String, Value>) -> Self {
+        Self(object)
+    }
+
     fn get(&self, name: &str) -> Option<&'a Value> {
         self.0.get(name).filter(|v| !v.is_null())
     }
@@ -281,35 +294,43 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn str(&self, name: &str) -> Result<Option<&'a str>> {
+    pub(super) fn str(&self, name: &str) -> Result<Option<&'a str>> {
         self.typed(name, "a string", Value::as_str)
     }
 
-    fn bool(&self, name: &str) -> Result<Option<bool>> {
+    pub(super) fn bool(&self, name: &str) -> Result<Option<bool>> {
         self.typed(name, "true or false", Value::as_bool)
     }
 
-    fn number(&self, name: &str) -> Result<Option<f64>> {
+    pub(super) fn number(&self, name: &str) -> Result<Option<f64>> {
         self.typed(name, "a number", Value::as_f64)
     }
 
-    fn size(&self, name: &str) -> Result<Option<usize>> {
+    pub(super) fn size(&self, name: &str) -> Result<Option<usize>> {
         self.typed(name, "a size", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
     }
 
-    fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
+    pub(super) fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
         self.typed(name, "an object", |v| v.as_object().map(Fields))
     }
 
-    fn need(&self, name: &str) -> Result<usize> {
+    pub(super) fn need(&self, name: &str) -> Result<usize> {
         match self.size(name)? {
             Some(n) => Ok(n),
             None => bail!(Config, "{name} is missing"),
         }
     }
 
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    pub(super) fn token(&self, name: &str) -> Result<Option<u32>> {
+        self.typed(name, "a token id", |v| v.as_u64().and_then(|n| u32::try_from(n).ok()))
+    }
+
     /// One token id or a list of them.
-    fn tokens(&self, name: &str) -> Result<Vec<u32>> {
+    pub(super) fn tokens(&self, name: &str) -> Result<Vec<u32>> {
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = self.typed(name, "a token id or a list of them", |v| match v {
             Value::Array(list) => list.iter().map(id).collect(),

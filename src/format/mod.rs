@@ -15,6 +15,7 @@ use crate::dtype::DType;
 mod bpe;
 pub mod chat_template;
 pub mod checkpoint;
+mod diffusion_config;
 pub mod draft_head;
 pub mod gguf;
 pub mod gguf_config;

@@ -11,15 +11,17 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::files::{TensorBytes, find_folder, write_folder, write_tensors};
+use crate::format::diffusion_config;
 use crate::format::mmap::{Mapping, read_text};
 use crate::format::roles::slot;
 use crate::format::safetensors::Shards;
 use crate::format::{StoredType, TensorEntry};
-use crate::model::config::ModelConfig;
+use crate::model::config::{Diffusion, ModelConfig};
 use crate::model::roles::{LayerRole, Role};
 use crate::tensor::HostTensor;
 
 const CONFIG: &str = "adapter_config.json";
+const DIFFUSION: &str = "diffusion.json";
 const TENSORS: &str = "adapter_model.safetensors";
 /// Upper bound of a configuration; patterns name at most every projection.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -35,6 +37,8 @@ pub struct PeftAdapter {
     pub rank_stabilized: bool,
     /// What the adapter was trained on, as the file calls it.
     pub base_model: Option<String>,
+    /// Of an adapter that makes a diffusion model of its base: what that needs to know. In a file of its own, `diffusion.json`.
+    pub diffusion: Option<Diffusion>,
     /// The matrices, layer by layer, each projection at most once.
     pub tensors: Vec<PeftTensor>,
 }
@@ -134,7 +138,13 @@ impl PeftAdapter {
         let path = folder.join(TENSORS);
         ensure!(path.is_file(), Weights, "{}: missing; adapters are read from safetensors only", path.display());
         let file = Shards::parse(vec![(TENSORS.into(), Mapping::open(&path)?)]);
-        file.and_then(|f| settings.load(&f, c)).context(|| folder.display().to_string())
+        let mut adapter = file.and_then(|f| settings.load(&f, c)).context(|| folder.display().to_string())?;
+        let path = folder.join(DIFFUSION);
+        if path.is_file() {
+            let text = read_text(&path, MAX_CONFIG)?;
+            adapter.diffusion = Some(diffusion_config::parse(&text, c).context(|| path.display().to_string())?);
+        }
+        Ok(adapter)
     }
 
     /// Writes a folder that [`PeftAdapter::read`] and PEFT read, in F32; whole or not at all.
@@ -201,6 +211,10 @@ impl PeftAdapter {
         }
         write_folder(folder, |files| {
             files.write(TENSORS, |out| write_tensors(out, &tensors, Some(("format", "pt"))))?;
+            if let Some(d) = &self.diffusion {
+                files
+                    .write(DIFFUSION, |out| Ok(serde_json::to_writer_pretty(out, &diffusion_config::object_of(d))?))?;
+            }
             files.write(CONFIG, |out| Ok(serde_json::to_writer_pretty(out, &config)?))
         })
     }
@@ -275,7 +289,7 @@ impl Settings {
         }
         ensure!(!tensors.is_empty(), Config, "\"target_modules\" names no projection of the model");
         let Self { rank, alpha, rank_stabilized, base_model, .. } = self;
-        Ok(PeftAdapter { rank, alpha, rank_stabilized, base_model, tensors })
+        Ok(PeftAdapter { rank, alpha, rank_stabilized, base_model, diffusion: None, tensors })
     }
 }
 

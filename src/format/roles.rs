@@ -1,6 +1,6 @@
 //! What the two kinds of files call each tensor. Which tensors a model has, and their shapes, is [`crate::model::roles`].
 
-use crate::model::config::ModelConfig;
+use crate::model::config::{Family, ModelConfig};
 use crate::model::roles::{LayerRole, Role};
 
 /// A tensor of one model: its names and its shape.
@@ -48,12 +48,45 @@ fn names(role: Role, c: &ModelConfig) -> (&'static str, &'static str) {
     }
 }
 
+/// Names in the files of LLaDA; a layer's without their prefix. `ff_proj` is the gate, and `ff_out` is a layer's down projection
+/// or, outside of the layers, the head.
+fn llada(role: Role) -> &'static str {
+    use LayerRole::*;
+    match role {
+        Role::Embed => "model.transformer.wte.weight",
+        Role::Head => "model.transformer.ff_out.weight",
+        Role::FinalNorm => "model.transformer.ln_f.weight",
+        Role::Layer(_, role) => match role {
+            AttnNorm => "attn_norm.weight",
+            Q => "q_proj.weight",
+            K => "k_proj.weight",
+            V => "v_proj.weight",
+            QBias => "q_proj.bias",
+            KBias => "k_proj.bias",
+            VBias => "v_proj.bias",
+            QNorm => "q_norm.weight",
+            KNorm => "k_norm.weight",
+            O => "attn_out.weight",
+            PostAttnNorm => "attn_post_norm.weight",
+            MlpNorm => "ff_norm.weight",
+            Gate => "ff_proj.weight",
+            Up => "up_proj.weight",
+            Down => "ff_out.weight",
+            PostMlpNorm => "ff_post_norm.weight",
+        },
+    }
+}
+
 /// Names and shape of `role` in a model of this configuration; `None` where it has no such tensor.
 pub fn slot(c: &ModelConfig, role: Role) -> Option<Slot> {
     let [rows, cols] = role.shape(c)?;
-    let (hf, gguf) = names(role, c);
+    let (mut hf, gguf) = names(role, c);
+    let mut layers = "model.layers";
+    if c.family == Family::Llada {
+        (hf, layers) = (llada(role), "model.transformer.blocks");
+    }
     let (hf, gguf) = match role {
-        Role::Layer(i, _) => (format!("model.layers.{i}.{hf}"), format!("blk.{i}.{gguf}")),
+        Role::Layer(i, _) => (format!("{layers}.{i}.{hf}"), format!("blk.{i}.{gguf}")),
         _ => (hf.into(), gguf.into()),
     };
     let shape = if role.is_vector() { vec![cols] } else { vec![rows, cols] };

@@ -1,6 +1,6 @@
 //! [`ModelConfig`]: every knob in which the supported families differ, as plain data.
 //!
-//! Llama, Mistral, Qwen 2 and 3 and Gemma 3 are values of this struct, not files of code. Readers of `config.json` and of GGUF
+//! Llama, Mistral, Qwen 2 and 3, Gemma 3, LLaDA and Dream are values of this struct, not files of code. Readers of `config.json` and of GGUF
 //! metadata live in `format`; they end in [`ModelConfig::validate`], so that the runtime can rely on what it says.
 
 use std::fmt;
@@ -17,6 +17,8 @@ pub enum Family {
     Qwen2,
     Qwen3,
     Gemma3,
+    Llada,
+    Dream,
 }
 
 impl fmt::Display for Family {
@@ -27,6 +29,8 @@ impl fmt::Display for Family {
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
             Family::Gemma3 => "gemma3",
+            Family::Llada => "llada",
+            Family::Dream => "dream",
         })
     }
 }
@@ -113,6 +117,19 @@ impl Rope {
     }
 }
 
+/// What makes a decoder a masked diffusion model: it fills positions that hold [`Diffusion::mask`], in any order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Diffusion {
+    /// Stands for what is not known yet; never said.
+    pub mask: u32,
+    /// Row i of the head predicts position i + 1, as in the autoregressive model that it was made from (Dream), instead of position
+    /// i itself (LLaDA).
+    pub shift: bool,
+    /// Width of the blocks of block-causal attention: a position sees its own block and all before, the prompt being the first
+    /// block. `None`: all see all.
+    pub block: Option<usize>,
+}
+
 /// The shape and the knobs of one decoder.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -163,6 +180,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Tokens that end a text or a turn.
     pub eos: Vec<u32>,
+    /// Of masked diffusion models.
+    pub diffusion: Option<Diffusion>,
 }
 
 impl ModelConfig {
@@ -193,6 +212,7 @@ impl ModelConfig {
             tied: true,
             bos: None,
             eos: Vec::new(),
+            diffusion: None,
         }
     }
 
@@ -254,7 +274,13 @@ impl ModelConfig {
                 rope.scaling
             );
         }
-        for t in self.eos.iter().chain(&self.bos) {
+        let mask = self.diffusion.as_ref().map(|d| &d.mask);
+        if let Some(d) = &self.diffusion {
+            ensure!(d.block != Some(0), Config, "the diffusion model's blocks are 0 wide");
+            ensure!(!self.eos.contains(&d.mask), Config, "token {} is both the mask and an end token", d.mask);
+            ensure!(self.window.is_none(), Unsupported, "a diffusion model with a sliding window is not handled");
+        }
+        for t in self.eos.iter().chain(&self.bos).chain(mask) {
             ensure!(
                 (*t as usize) < self.vocab,
                 Config,
