@@ -10,7 +10,7 @@
 // whose first bins are even in the logits so that a warp's additions seldom meet. The draw inverts the sums of weights in the order
 // of ids. Bound by the walks, which hit L2: two without cuts, up to four more for each.
 //
-// penalize changes single logits before that, a thread each.
+// penalize and forbid change single logits before that, a thread each.
 #include "rt/gpu.cuh"
 #include "rt/choose.cuh"
 #include "rt/philox.cuh"
@@ -149,4 +149,9 @@ KERNEL(penalize, Penalize, 128) {
   const Penalty& penalty = a.penalties[i];
   float& x = a.logits[penalty.at];
   x = x > 0.f ? x / penalty.factor : x * penalty.factor;
+}
+
+KERNEL(forbid, Forbid, 128) {
+  const u32 i = blockIdx.x * 128 + threadIdx.x;
+  if (i < a.rows * a.n) a.logits[(size_t)(i / a.n) * a.vocab + a.tokens[i % a.n]] = -INFINITY;
 }

@@ -141,6 +141,44 @@ fn tree_paths_equal_lines<B: Backend>(mut run: Run<B>, rng: &mut Rng, label: &st
     assert!(run.pass(&mut grown, &[1], Mask::Causal) == after, "{label}: after committing {path:?} of levels");
 }
 
+/// A row of a block sees its block and what is before: in a pass of all blocks, behind a committed part that ends anywhere, or behind
+/// blocks that earlier passes staged.
+fn blocks_equal_one_pass<B: Backend>(mut run: Run<B>, rng: &mut Rng, n: usize, label: &str) {
+    let tokens = random(rng, n, run.model.config().vocab);
+    let block = 2 + rng.below(n / 3);
+    let all = Mask::Blocks { block, offset: 0 };
+    let mut whole = run.cache();
+    let rows = run.pass(&mut whole, &tokens, all);
+    for cut in [1 + rng.below(n - 1), block, block + 1] {
+        whole.commit_first(cut).unwrap();
+        let rest = run.pass(&mut whole, &tokens[cut..], Mask::Blocks { block, offset: cut % block });
+        assert!(rest == rows[cut..], "{label}: {n} rows in blocks of {block}, {cut} committed");
+        whole.truncate(0);
+        run.pass(&mut whole, &tokens, all);
+    }
+    let (mut by_blocks, mut grown) = (run.cache(), run.cache());
+    let mut at = 0;
+    while at < n {
+        let one = run.pass(&mut by_blocks, &tokens[at..n.min(at + block)], Mask::Full);
+        by_blocks.commit_first(one.len()).unwrap();
+        assert!(one == rows[at..at + one.len()], "{label}: {n} rows, block of {block} at {at}");
+        let some = n.min(at + block * (1 + rng.below(2)));
+        if grown.staged() <= at {
+            let part = &tokens[at..some];
+            let next = run.run(match at {
+                0 => Sequence::new(&mut grown, part, all, Want::All),
+                _ => Sequence::extend(&mut grown, part, all, Want::All),
+            });
+            assert!(
+                next == rows[at..some],
+                "{label}: {n} rows in blocks of {block}, {at} staged before {}",
+                part.len()
+            );
+        }
+        at += one.len();
+    }
+}
+
 fn sequences_do_not_mix<B: Backend>(mut run: Run<B>, rng: &mut Rng) {
     let vocab = run.model.config().vocab;
     let texts: Vec<Vec<u32>> = [3, 1, 20].map(|n| random(rng, n, vocab)).into();
@@ -187,6 +225,17 @@ fn tree_paths_equal_plain_sequences() {
 }
 
 #[test]
+fn blocks_of_rows_equal_one_pass() {
+    let mut rng = Rng::new(15);
+    every(|name, label, tier, compute| {
+        for _ in 0..2 {
+            let n = 8 + rng.below(56);
+            blocks_equal_one_pass(Run::new(name, Cpu::with(2, tier, compute)), &mut rng, n, label);
+        }
+    });
+}
+
+#[test]
 fn sequences_of_one_pass_do_not_mix() {
     sequences_do_not_mix(Run::new("tiny-gemma3", Cpu::with(2, Tier::detect(), Compute::Fast)), &mut Rng::new(13));
 }
@@ -205,6 +254,10 @@ fn cuda_rows_are_independent() {
         let near =
             |a: &[u32], b: &[u32]| a.iter().zip(b).all(|(a, b)| (f32::from_bits(*a) - f32::from_bits(*b)).abs() < 0.05);
         tree_paths_equal_lines(run, &mut rng, name, near);
+    }
+    for name in ["tiny-llama", "tiny-gemma3"] {
+        let Some(cuda) = common::gpu() else { return };
+        blocks_equal_one_pass(Run::new(name, cuda), &mut rng, 20, name);
     }
     if let Some(cuda) = common::gpu() {
         sequences_do_not_mix(Run::new("tiny-gemma3", cuda), &mut rng);

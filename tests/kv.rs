@@ -141,6 +141,7 @@ fn misuse_is_an_error() {
     says(pass(&mut cache, &[1; 3], Mask::Causal, Want::All), "logits");
     says(pass(&mut cache, &[vocab], Mask::Causal, Want::Last), "vocabulary");
     says(pass(&mut cache, &[1; 3], Mask::Tree(&two), Want::Nothing), "tree");
+    says(pass(&mut cache, &[1; 3], Mask::Blocks { block: 2, offset: 2 }, Want::Nothing), "blocks");
     says(pass(&mut cache, &[1; 2], Mask::Causal, Want::Rows(&[2])), "rows");
     assert!(pass(&mut cache, &[1; 3], Mask::Causal, Want::Last).is_ok());
     // What extends counts all that is staged.

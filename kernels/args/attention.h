@@ -12,8 +12,8 @@ RECORD(Seg) {
   u32 first;   // its first row in the pass
   u32 mask;    // 0 causal, 1 full, 2 tree, 3 blocks: a row sees its own block of staged rows and those before it
   u32 capacity;
-  u32 block;   // rows of a block for mask 3
-  u32 words;   // up(staged + rows, 64)
+  u32 block;   // for mask 3: rows of a block, 1 to 2^30
+  u32 words;   // for mask 2: up(staged + rows, 64); for mask 3: rows that the first block lacks, below block
 };
 
 // Writes k and v behind the committed and the staged rows of each segment's cache.

@@ -63,6 +63,44 @@ ARGS(Penalize) {
   u32 n;                  // >= 1
 };
 
+// Tokens that no row may have.
+ARGS(Forbid) {
+  InOut<float> logits;  // [rows, vocab] align 4
+  In<u32> tokens;       // [n] - below vocab
+  u32 rows;             // >= 1
+  u32 vocab;            // >= 1
+  u32 n;                // >= 1
+};
+
+// A sequence with masked positions, which are numbered from its first token; see kernels/unmask.cu.
+RECORD(Masked) {
+  u32 first;        // of its rows
+  u32 rows;
+  u32 text;         // its first token
+  u32 score;        // 0: entropy, 1: lse - max
+  float limit;      // rows of a cost below it are taken
+  u32 best;         // so many are taken in any case
+  u32 forced_from;  // of positions from here
+  u32 forced_to;    // up to here one is taken in any case
+  u32 fill_from;    // behind the first end token from here on
+  u32 fill_to;      // all becomes eos[0], up to here
+};
+
+ARGS(Unmask) {
+  In<Masked> texts;    // [sequences] - their tokens lie apart
+  In<u32> picks;       // [rows] - 0xffffffff: none
+  In<u32> argmax;      // [rows] - 0xffffffff: none
+  In<float> stats;     // [rows, 3] - as LogitsStats writes them
+  In<u32> positions;   // [rows] - ascending strictly in each sequence
+  In<u32> eos;         // [ends]
+  InOut<u32> tokens;   // [length]
+  Out<u32> taken;      // [rows] - what the position got, or 0xffffffff
+  u32 sequences;       // >= 1
+  u32 rows;            // >= 1
+  u32 length;          // >= 1
+  u32 ends;
+};
+
 // The nodes of a sequence's tree among those of the pass. Node 0 of a tree is the sequence's last token; parents come first.
 RECORD(Tree) {
   u32 first;
@@ -117,6 +155,8 @@ ARGS(VerifySiblings) {
 //   sample            Sample           grid (rows), block 1024
 //   distribution      Distribution     grid (rows), block 1024
 //   penalize          Penalize         grid (up(n, 128)), block 128
+//   forbid            Forbid           grid (up(rows * n, 128)), block 128
+//   unmask            Unmask           grid (sequences), block 256
 //   verify_walk       VerifyWalk       grid (up(sequences, 4)), block 128
 //   verify_siblings   VerifySiblings   grid (sequences), block 512 - from the root down
 //   verify_traversal  VerifySiblings   grid (sequences), block 512 - from the leaves up, at most 512 nodes a tree

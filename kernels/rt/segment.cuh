@@ -65,7 +65,8 @@ DEVICE u32 window_begin(u32 pos, u32 window) { return window && pos + 1 > window
 // One behind the last cache row that row i of the pass may see.
 DEVICE u32 sight_end(const Seg& s, u32 i) {
   if (s.mask == MASK_FULL) return pass_end(s);
-  if (s.mask == MASK_BLOCKS) return s.past + min(s.staged + s.rows, ((s.staged + i) / s.block + 1) * s.block);
+  if (s.mask == MASK_BLOCKS)
+    return s.past + min(s.staged + s.rows, ((s.staged + i + s.words) / s.block + 1) * s.block - s.words);
   return pass_begin(s) + i + 1;
 }
 

@@ -13,13 +13,17 @@
 pub mod cpu;
 pub mod cuda;
 pub mod host;
+mod mask;
 pub mod naive;
 mod sampling;
 mod train;
+mod unmask;
 mod visible;
 
+pub use mask::{Mask, TreeMask};
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, MAX_TRAVERSED, NO_TOKEN, Order, Penalty, Rule, Trees};
 pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Write};
+pub use unmask::{Candidates, Masked, Score, Unmasking};
 pub use visible::Visible;
 
 use std::ops::Range;
@@ -63,104 +67,6 @@ pub trait Buffer<T: Elem>: Send + Sync {
 pub type In<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::View<'a>;
 /// What an op writes (or updates).
 pub type Out<'a, B, T> = <<B as Backend>::Buf<T> as Buffer<T>>::ViewMut<'a>;
-
-/// Which staged rows a staged row may see. Committed rows are visible to all, unless a window hides them. All staged rows are
-/// numbered together, those of earlier passes first.
-#[derive(Clone, Copy, Debug)]
-pub enum Mask<'a> {
-    /// Row i sees rows 0..=i.
-    Causal,
-    /// Every row sees every row.
-    Full,
-    /// Row i sees its ancestors and itself.
-    Tree(&'a TreeMask),
-}
-
-/// Ancestor bits and depths of a token tree of n rows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TreeMask {
-    parents: Vec<u32>,
-    words: usize,
-    bits: Vec<u64>,
-    depth: Vec<u32>,
-}
-
-impl TreeMask {
-    /// No parent: a root, whose predecessor is the last committed row.
-    pub const ROOT: u32 = u32::MAX;
-
-    /// From each row's parent, [`Self::ROOT`] or a smaller row number.
-    ///
-    /// # Errors
-    /// A parent that is not an earlier row.
-    pub fn new(parents: &[u32]) -> Result<Self> {
-        let (n, words) = (parents.len(), parents.len().div_ceil(64));
-        let (mut bits, mut depth) = (vec![0u64; n * words], vec![0u32; n]);
-        for (i, &p) in parents.iter().enumerate() {
-            if p != Self::ROOT {
-                crate::error::ensure!(
-                    (p as usize) < i,
-                    Shape,
-                    "tree row {i} names parent {p}, which is not an earlier row"
-                );
-                let p = p as usize;
-                bits.copy_within(p * words..(p + 1) * words, i * words);
-                depth[i] = depth[p] + 1;
-            }
-            bits[i * words + i / 64] |= 1 << (i % 64);
-        }
-        Ok(Self { parents: parents.to_vec(), words, bits, depth })
-    }
-
-    /// Rows.
-    pub fn len(&self) -> usize {
-        self.depth.len()
-    }
-
-    /// Whether there are no rows.
-    pub fn is_empty(&self) -> bool {
-        self.depth.is_empty()
-    }
-
-    /// Whether row `i` sees row `j`.
-    pub fn sees(&self, i: usize, j: usize) -> bool {
-        self.bits[i * self.words + j / 64] >> (j % 64) & 1 == 1
-    }
-
-    /// Distance of row `i` from the last committed row, less one: a root has depth 0.
-    pub fn depth(&self, i: usize) -> u32 {
-        self.depth[i]
-    }
-
-    /// Parent of row `i`, or [`Self::ROOT`].
-    pub fn parent(&self, i: usize) -> u32 {
-        self.parents[i]
-    }
-
-    /// Ancestor words of row `i`, bit j set where row j is visible.
-    pub fn row(&self, i: usize) -> &[u64] {
-        &self.bits[i * self.words..(i + 1) * self.words]
-    }
-}
-
-impl Mask<'_> {
-    /// Position of staged row `i` when `past` rows are committed.
-    pub fn position(&self, past: usize, i: usize) -> usize {
-        match self {
-            Mask::Causal | Mask::Full => past + i,
-            Mask::Tree(t) => past + t.depth(i) as usize,
-        }
-    }
-
-    /// Whether staged row `i` sees staged row `j`, windows aside.
-    pub fn sees(&self, i: usize, j: usize) -> bool {
-        match self {
-            Mask::Causal => j <= i,
-            Mask::Full => true,
-            Mask::Tree(t) => t.sees(i, j),
-        }
-    }
-}
 
 /// Head geometry and scoring of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -460,11 +366,27 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// penalties. A node of a tree has those of the text before it and of the tokens on its own path.
     fn penalize(&self, logits: Out<'_, Self, Self::Acc>, vocab: usize, penalties: &[Penalty]) -> Result<()>;
 
+    /// x\[r, t\] = -inf in every row r of `vocab` logits, for each of these tokens t: they are never drawn nor the largest, and have no
+    /// part in the probability, as the MASK token of a diffusion model must not (Sahoo et al. 2024, arXiv:2406.07524).
+    fn forbid(&self, logits: Out<'_, Self, Self::Acc>, vocab: usize, tokens: &[u32]) -> Result<()>;
+
     /// n tokens of each row of logits, `[rows, n]`, drawn without replacement as the row's [`Draw`] says; n is 1 to 64.
     fn sample(&self, tokens: Out<'_, Self, u32>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
 
     /// The distribution that [`Backend::sample`] draws a row's first token from, `[rows, vocab]`; all 0 where there is none.
     fn distribution(&self, p: Out<'_, Self, Self::Acc>, logits: In<'_, Self, Self::Acc>, draws: &[Draw]) -> Result<()>;
+
+    /// Gives masked positions their tokens, in many sequences at once, as each one's [`Masked`] says. `tokens` holds the tokens of all
+    /// sequences, `[R]` `taken` says what the position of each row got, [`NO_TOKEN`] where it stays masked. `eos` are the end tokens. A
+    /// call without rows changes nothing.
+    fn unmask(
+        &self,
+        tokens: Out<'_, Self, u32>,
+        taken: Out<'_, Self, u32>,
+        rows: Candidates<'_, Self>,
+        texts: &[Masked<'_>],
+        eos: &[u32],
+    ) -> Result<()>;
 
     /// Which drafted tokens stand, in many trees at once, such that the tokens kept follow the target's law exactly.
     fn verify_tree(&self, accepted: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()>;

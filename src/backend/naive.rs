@@ -4,8 +4,11 @@ mod sampling;
 mod train;
 
 use super::host::HostBuf;
-use super::sampling::{check_penalties, width};
-use super::{Accepted, AttnSpec, Backend, Draw, NO_TOKEN, Penalty, Rule, Segment, Train, Trees, WeightInfo, Write};
+use super::sampling::{check_forbidden, check_penalties, width};
+use super::{
+    Accepted, AttnSpec, Backend, Candidates, Draw, Masked, NO_TOKEN, Penalty, Rule, Segment, Train, Trees, WeightInfo,
+    Write, unmask,
+};
 use crate::dtype::Elem;
 use crate::error::Result;
 use crate::model::config::Activation;
@@ -287,6 +290,14 @@ impl Backend for Naive {
         Ok(())
     }
 
+    fn forbid(&self, logits: &mut [f64], vocab: usize, tokens: &[u32]) -> Result<()> {
+        check_forbidden(tokens, vocab)?;
+        for x in logits.chunks_exact_mut(vocab) {
+            tokens.iter().for_each(|t| x[*t as usize] = f64::NEG_INFINITY);
+        }
+        Ok(())
+    }
+
     fn sample(&self, tokens: &mut [u32], logits: &[f64], draws: &[Draw]) -> Result<()> {
         if draws.is_empty() {
             return Ok(());
@@ -313,6 +324,17 @@ impl Backend for Naive {
             p.copy_from_slice(&sampling::law(x, draw).unwrap_or_else(|| vec![0.0; vocab]));
         }
         Ok(())
+    }
+
+    fn unmask(
+        &self,
+        tokens: &mut [u32],
+        taken: &mut [u32],
+        rows: Candidates<'_, Self>,
+        texts: &[Masked<'_>],
+        eos: &[u32],
+    ) -> Result<()> {
+        unmask::on_host(tokens, taken, [rows.picks, rows.argmax], rows.stats, texts, eos)
     }
 
     fn verify_tree(&self, to: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {

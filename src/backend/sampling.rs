@@ -145,6 +145,13 @@ pub(super) fn check_penalties(penalties: &[Penalty], logits: usize, vocab: usize
     Ok(())
 }
 
+/// Checks that the tokens of [`Backend::forbid`] have their logits.
+pub(super) fn check_forbidden(tokens: &[u32], vocab: usize) -> Result<()> {
+    let outside = tokens.iter().find(|t| **t as usize >= vocab);
+    ensure!(outside.is_none(), Shape, "token {} is forbidden in a vocabulary of {vocab}", outside.unwrap_or(&0));
+    Ok(())
+}
+
 /// What verification finds, as [`Backend::kv_commit_batch`] takes it.
 pub struct Accepted<'a, B: Backend> {
     /// `[sequences, stride]`: the nodes that stand, from node 0 down; at most `stride` of them. What lies behind may be anything.

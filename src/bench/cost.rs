@@ -78,7 +78,10 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
         Op::TopK { rows, vocab, k } => (rows * (vocab * acc + k * (acc + 4)), rows * vocab),
         Op::Sample { rows, vocab, n, .. } => (rows * (vocab * acc + 4 * n), 11 * rows * vocab),
         Op::Distribution { rows, vocab, .. } => (2 * rows * vocab * acc, 12 * rows * vocab),
+        Op::Forbid { rows, each, .. } => (rows * each * acc, 0),
         Op::Penalize { rows, each, .. } => (rows * each * 2 * acc, rows * each),
+        // Few are taken and written; all tokens are looked at for an end.
+        Op::Unmask { sequences, rows, length, .. } => (sequences * (rows * (3 * acc + 12) + 4 * length), 0),
         Op::VerifyTree { sequences, nodes, by: Verify::Match, .. } => (12 * sequences * nodes, 0),
         // One rejection in a sequence, and one draw.
         Op::VerifyTree { sequences, vocab, .. } => (2 * sequences * vocab * acc, 6 * sequences * vocab),

@@ -1,7 +1,9 @@
 //! The operations on logits and on drafted trees: their inputs beside the accumulator buffers, and their calls.
 
 use super::ops::{Op, Verify};
-use crate::backend::{Accepted, Backend, Buffer, Draw, Penalty, Rule, Trees};
+use crate::backend::{
+    Accepted, Backend, Buffer, Candidates, Draw, Masked, NO_TOKEN, Penalty, Rule, Score, Trees, Unmasking,
+};
 use crate::error::Result;
 use crate::rng::{Key, Rng};
 
@@ -15,6 +17,7 @@ pub(super) struct Decoding {
     penalties: Vec<Penalty>,
     sizes: Vec<u32>,
     tokens: Vec<u32>,
+    positions: Vec<u32>,
     parents: Vec<u32>,
     drafts: Vec<u32>,
     keys: Vec<Key>,
@@ -54,6 +57,21 @@ impl Decoding {
                 };
                 d.penalties = (0..rows * each).map(penalty).collect();
                 vec![]
+            }
+            Op::Forbid { vocab, each, .. } => {
+                d.tokens = (0..each).map(|i| (i * (vocab / each)) as u32).collect();
+                vec![]
+            }
+            Op::Unmask { sequences, rows, length, .. } => {
+                let apart = length / rows;
+                d.positions = (0..rows).map(|i| (i * apart + i % apart) as u32).collect();
+                let mut some = |n: usize| Vec::from_iter((0..n).map(|_| rng.below(1000) as u32));
+                let (mut text, mut picks, argmax) =
+                    (some(sequences * length), some(sequences * rows), some(sequences * rows));
+                picks.iter_mut().step_by(5).for_each(|t| *t = NO_TOKEN);
+                d.tokens = text[..1].to_vec();
+                text[3 * length / 4] = text[0];
+                vec![text, zeros(sequences * rows), picks, argmax]
             }
             Op::VerifyTree { sequences, nodes, vocab, by } => {
                 d.sizes = vec![nodes as u32; sequences];
@@ -110,6 +128,24 @@ impl Decoding {
             }
             (Op::Penalize { rows, vocab, .. }, [x], []) => {
                 be.penalize(x.head_mut(rows * vocab), vocab, &self.penalties)
+            }
+            (Op::Forbid { rows, vocab, .. }, [x], []) => be.forbid(x.head_mut(rows * vocab), vocab, &self.tokens),
+            (Op::Unmask { sequences, rows, length, score }, [stats], [tokens, taken, picks, argmax]) => {
+                let n = sequences * rows;
+                // Statistics are normal numbers, of which one in six passes.
+                let threshold = if score == Score::Entropy { -1.0 } else { 1f32.exp() };
+                let (half, whole) = (length as u32 / 2, length as u32);
+                let rule = Unmasking { score, threshold, strict: false, best: 1, forced: 0..half };
+                let text = |s: usize| Masked {
+                    tokens: s * length..(s + 1) * length,
+                    positions: &self.positions,
+                    rule: rule.clone(),
+                    fill: half..whole,
+                };
+                let texts: Vec<Masked<'_>> = (0..sequences).map(text).collect();
+                let (picks, argmax, stats) = (picks.head(n), argmax.head(n), stats.head(3 * n));
+                let found = Candidates { picks, argmax, stats };
+                be.unmask(tokens.head_mut(sequences * length), taken.head_mut(n), found, &texts, &self.tokens)
             }
             (Op::VerifyTree { by, .. }, [p, q], [path, counts, next, picks]) => {
                 let rule = match by {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::shapes::{SHAPES, Shape};
-use crate::backend::{AttnSpec, Order};
+use crate::backend::{AttnSpec, Order, Score};
 use crate::dtype::DType::{self, *};
 use crate::model::config::Activation::{self, GeluTanh, Silu};
 
@@ -15,6 +15,10 @@ pub enum MaskKind {
     Full,
     /// A tree in which row i hangs below row (i - 1) / 2.
     Tree,
+    Blocks {
+        block: usize,
+        offset: usize,
+    },
 }
 
 /// What the operations on caches share: the committed rows of each sequence and those of the pass.
@@ -37,8 +41,8 @@ impl Attn {
     }
 }
 
-/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width. Trees to verify are binary;
-/// `Rule::Match` looks at no vocabulary.
+/// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width; of texts to unmask the masked
+/// positions of each. Trees to verify are binary; `Rule::Match` looks at no vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Op {
@@ -67,6 +71,8 @@ pub enum Op {
     Sample { rows: usize, vocab: usize, n: usize, top_k: u32, top_p: f32 },
     Distribution { rows: usize, vocab: usize, top_k: u32, top_p: f32 },
     Penalize { rows: usize, vocab: usize, each: usize },
+    Forbid { rows: usize, vocab: usize, each: usize },
+    Unmask { sequences: usize, rows: usize, length: usize, score: Score },
     VerifyTree { sequences: usize, nodes: usize, vocab: usize, by: Verify },
 }
 
@@ -118,6 +124,8 @@ impl Op {
             Op::Sample { .. } => "sample",
             Op::Distribution { .. } => "distribution",
             Op::Penalize { .. } => "penalize",
+            Op::Forbid { .. } => "forbid",
+            Op::Unmask { .. } => "unmask",
             Op::VerifyTree { .. } => "verify_tree",
         }
     }
@@ -209,7 +217,12 @@ impl fmt::Display for Op {
                 write!(f, "{n} of {rows}x{vocab} top-k {top_k} top-p {top_p}")
             }
             Op::Distribution { rows, vocab, top_k, top_p } => write!(f, "{rows}x{vocab} top-k {top_k} top-p {top_p}"),
-            Op::Penalize { rows, vocab, each } => write!(f, "{each} in each of {rows}x{vocab}"),
+            Op::Penalize { rows, vocab, each } | Op::Forbid { rows, vocab, each } => {
+                write!(f, "{each} in each of {rows}x{vocab}")
+            }
+            Op::Unmask { sequences, rows, length, score } => {
+                write!(f, "{rows} of {sequences}x{length} by {score:?}")
+            }
             Op::VerifyTree { sequences, nodes, vocab, by: Verify::Reject { replacement, order } } => {
                 let of = if replacement { " replaced" } else { "" };
                 write!(f, "{sequences} of {nodes}x{vocab} {order:?}{of}")
@@ -229,8 +242,10 @@ impl fmt::Display for Op {
                 if a.staged > 0 {
                     write!(f, " behind {} staged", a.staged)?;
                 }
-                if a.mask != MaskKind::Causal {
-                    write!(f, " {:?}", a.mask)?;
+                match a.mask {
+                    MaskKind::Causal => {}
+                    MaskKind::Blocks { block, offset } => write!(f, " blocks of {block} less {offset}")?,
+                    mask => write!(f, " {mask:?}")?,
                 }
                 s.window.map_or(Ok(()), |w| write!(f, " window {w}"))
             }
@@ -284,6 +299,7 @@ pub fn realistic() -> Vec<Case> {
         attn(&[(1024, 1)], MaskKind::Causal, Op::Attention);
         attn(&[(1024, 8)], MaskKind::Tree, Op::Attention);
         attn(&[(1024, 32)], MaskKind::Full, Op::Attention);
+        attn(&[(1024, 96)], MaskKind::Blocks { block: 32, offset: 0 }, Op::Attention);
         attn(&[(0, 512)], MaskKind::Causal, Op::Attention);
         attn(&[(128, 1)], MaskKind::Causal, Op::RopeStage);
         attn(&[(0, 512)], MaskKind::Causal, Op::RopeStage);
@@ -300,7 +316,8 @@ pub fn realistic() -> Vec<Case> {
                 Op::Distribution { rows, vocab, top_k: 0, top_p: 0.95 },
             ]);
         }
-        ops.push(Op::Penalize { rows: 8, vocab, each: 64 });
+        ops.extend([Op::Penalize { rows: 8, vocab, each: 64 }, Op::Forbid { rows: 64, vocab, each: 1 }]);
+        ops.extend([1, 32].map(|sequences| Op::Unmask { sequences, rows: 64, length: 512, score: Score::Entropy }));
         ops.push(Op::VerifyTree { sequences: 32, nodes: 64, vocab, by: Verify::Match });
         ops.extend(Verify::ALL[1..].iter().map(|by| Op::VerifyTree { sequences: 4, nodes: 8, vocab, by: *by }));
         ops.push(Op::Embed { dtype: m.head, vocab: m.vocab, d, rows: 512 });
@@ -397,6 +414,17 @@ pub fn odd() -> Vec<Op> {
     }
     for (sequences, nodes, vocab) in [(1, 1, 3), (5, 2, 7), (9, 15, 64), (3, 40, 1030)] {
         v.extend(Verify::ALL.map(|by| Op::VerifyTree { sequences, nodes, vocab, by }));
+    }
+    // Further rows stand at the end: a row's number is the seed of its inputs.
+    for (spec, segments) in specs.into_iter().flat_map(|spec| segments.map(|segments| (spec, segments))) {
+        let mask = MaskKind::Blocks { block: 7, offset: 3 };
+        v.extend([0, 70].map(|staged| Op::Attention(Attn { spec, segments, staged, mask })));
+    }
+    for (rows, vocab) in [(1, 2), (3, 7), (2, 64), (5, 203)] {
+        v.push(Op::Forbid { rows, vocab, each: vocab / 2 });
+    }
+    for (sequences, rows, length) in [(1, 1, 1), (3, 7, 20), (2, 300, 700)] {
+        v.extend([Score::Entropy, Score::Confidence].map(|score| Op::Unmask { sequences, rows, length, score }));
     }
     v
 }

@@ -1,16 +1,19 @@
 //! Any operation on any backend with seeded inputs.
 
+mod cached;
+
 use std::time::Instant;
 
 use super::cost::{Sizes, cost};
 use super::decoding::{Decoding, normalize};
 use super::inputs::{Storage, from_elems, matrix, normals, to_elems};
-use super::ops::{Attn, MaskKind, Op, Verify};
+use super::ops::{Op, Verify};
 use super::timing;
-use crate::backend::{Backend, Buffer, In, Linear, Mask, Segment, TreeMask, WeightInfo};
+use crate::backend::{Backend, Buffer, In, Linear, Mask, TreeMask, WeightInfo};
 use crate::error::Result;
 use crate::perf::Cost;
 use crate::rng::Rng;
+use cached::{mask, segments};
 
 const EPS: f32 = 1e-5;
 /// Layers of a cache where nothing asks for more: the operation works on the second, to catch one that ignores it.
@@ -90,7 +93,8 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
         Op::TopK { rows, vocab, k } => vec![(rows * vocab, true), (rows * k, false)],
         Op::Sample { rows, vocab, .. } => vec![(rows * vocab, true)],
         Op::Distribution { rows, vocab, .. } => vec![(rows * vocab, true), (rows * vocab, false)],
-        Op::Penalize { rows, vocab, .. } => vec![(rows * vocab, true)],
+        Op::Penalize { rows, vocab, .. } | Op::Forbid { rows, vocab, .. } => vec![(rows * vocab, true)],
+        Op::Unmask { sequences, rows, .. } => vec![(3 * sequences * rows, true)],
         Op::VerifyTree { by: Verify::Match, .. } => vec![(1, true); 2],
         Op::VerifyTree { sequences, nodes, vocab, .. } => vec![(sequences * nodes * vocab, true); 2],
         Op::RopeStage(a)
@@ -250,32 +254,6 @@ impl<'b, B: Backend> Prepared<'b, B> {
         Ok(p)
     }
 
-    /// Every layer of every cache gets the same random rows.
-    fn fill_caches(&mut self, a: &Attn, rng: &mut Rng, storage: Storage) -> Result<()> {
-        let (layers, dim) = (self.copies.max(LAYERS), a.spec.kv_dim());
-        for &(past, rows) in a.segments {
-            let parents: Vec<u32> =
-                (0..(a.staged + rows) as u32).map(|i| if i == 0 { TreeMask::ROOT } else { (i - 1) / 2 }).collect();
-            self.tree.push(TreeMask::new(&parents)?);
-            let n = past + a.staged + rows;
-            let mut side = || {
-                let mut x = normals(rng, n * dim);
-                storage.round(&mut x, 1);
-                upload_acc(self.be, &x)
-            };
-            let (k, v) = (side()?, side()?);
-            let mut kv = self.be.kv_alloc(layers, n, dim)?;
-            let spare = self.be.kv_alloc(layers, n, dim)?;
-            for layer in 0..layers {
-                let segment = Segment { kv: &mut kv, past: 0, staged: 0, rows: n, mask: Mask::Causal };
-                self.be.kv_stage(&mut [segment], layer, k.head(n * dim), v.head(n * dim))?;
-            }
-            self.kv.push(kv);
-            self.spare.push(spare);
-        }
-        Ok(())
-    }
-
     /// The operation's cost where activations and weights are stored as on this backend.
     pub fn cost(&self) -> Cost {
         let weights = self.weights.first().map_or(0, |set| set.iter().map(|l| l.w.bytes()).sum());
@@ -372,47 +350,6 @@ impl<'b, B: Backend> Prepared<'b, B> {
         }
     }
 
-    fn step_cached(&mut self, a: &Attn, layer: usize, composed: bool) -> Result<()> {
-        let Self { be, acc, act, kv, spare, tree, id_buffers, .. } = self;
-        let [q, k, v, table] = &mut acc[..] else { unreachable!("attention has four buffers") };
-        let (nq, nk) = (q.len(), k.len());
-        match self.op {
-            Op::KvCommitBatch(_) if !composed => {
-                let (path, n) = (&id_buffers[0], a.segments.len());
-                let (all, stride) = (path.len(), path.len() / n);
-                let mut s = segments(a, kv, tree);
-                be.kv_commit_batch(&mut s, path.head(all), id_buffers[1].head(n), stride)
-            }
-            Op::KvCommit(_) | Op::KvCommitBatch(_) => {
-                for (kv, &(past, rows)) in kv.iter_mut().zip(a.segments) {
-                    let kept: Vec<u32> = (0..rows as u32).step_by(2).collect();
-                    be.kv_commit(kv, past, &kept)?;
-                }
-                Ok(())
-            }
-            Op::KvCopy(_) => {
-                for ((kv, spare), &(past, rows)) in kv.iter().zip(spare).zip(a.segments) {
-                    be.kv_copy(spare, kv, past + rows)?;
-                }
-                Ok(())
-            }
-            _ => {
-                let mut s = segments(a, kv, tree);
-                match self.op {
-                    Op::KvStage(_) => be.kv_stage(&mut s, layer, k.head(nk), v.head(nk)),
-                    Op::RopeStage(_) if composed => {
-                        let t = table.head(table.len());
-                        be.rope(q.head_mut(nq), t, a.spec.head_dim)?;
-                        be.rope(k.head_mut(nk), t, a.spec.head_dim)?;
-                        be.kv_stage(&mut s, layer, k.head(nk), v.head(nk))
-                    }
-                    Op::RopeStage(_) => be.rope_stage(q, k, v, table.head(table.len()), &mut s, layer, &a.spec),
-                    _ => be.attention(act[0].head_mut(nq), q.head(nq), &s, layer, &a.spec),
-                }
-            }
-        }
-    }
-
     /// What it wrote since the inputs were made. Of operations that write a cache, attention over its second layer; of a path,
     /// the part that was found.
     ///
@@ -431,6 +368,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             Op::LogitsStats { .. } | Op::TopK { .. } => (&[1], &[], &[0]),
             Op::Distribution { .. } => (&[1], &[], &[]),
             Op::Sample { .. } => (&[], &[], &[0]),
+            Op::Unmask { .. } => (&[], &[], &[0, 1]),
             Op::VerifyTree { .. } => (&[], &[], &[0, 1, 2]),
             _ => (&[0], &[], &[]),
         };
@@ -489,20 +427,6 @@ impl<'b, B: Backend> Prepared<'b, B> {
     fn wait(&self) -> Result<()> {
         self.be.download_acc(self.acc[0].head(1), &mut [0.0])
     }
-}
-
-fn mask(kind: MaskKind, tree: &TreeMask) -> Mask<'_> {
-    match kind {
-        MaskKind::Causal => Mask::Causal,
-        MaskKind::Full => Mask::Full,
-        MaskKind::Tree => Mask::Tree(tree),
-    }
-}
-
-fn segments<'a, B: Backend>(a: &Attn, kv: &'a mut [B::Kv], tree: &'a [TreeMask]) -> Vec<Segment<'a, B>> {
-    let parts = kv.iter_mut().zip(tree).zip(a.segments);
-    let staged = a.staged;
-    parts.map(|((kv, tree), &(past, rows))| Segment { kv, past, staged, rows, mask: mask(a.mask, tree) }).collect()
 }
 
 fn download<B: Backend, T: crate::dtype::Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<T>> {

@@ -21,6 +21,7 @@ struct Seq {
   Array<bf16_t>* cache = nullptr;
   Array<u64>* bits = nullptr;
   std::vector<u32> depth = {};
+  u32 lacks = 0;  // rows of the first block
   u32 all() const { return staged + rows; }
   ~Seq() {
     delete cache;
@@ -60,7 +61,7 @@ struct Pass {
     for (size_t i = 0; i < seqs.size(); i++) {
       Seq& s = *seqs[i];
       (*segs)[i] = Seg{u64(s.cache->p), s.bits ? u64(s.bits->p) : 0, s.past, s.staged, s.rows, first, s.mask, capacity, s.block,
-                       (s.all() + 63) / 64};
+                       s.mask == MASK_BLOCKS ? s.lacks : (s.all() + 63) / 64};
       first += s.rows;
     }
   }
@@ -70,6 +71,11 @@ struct Pass {
 };
 Seq chain(u32 past, u32 rows, u32 mask = MASK_CAUSAL, u32 block = 0, u32 staged = 0) {
   return Seq{past, rows, mask, block, {}, staged};
+}
+Seq blocks(u32 past, u32 rows, u32 block, u32 lacks, u32 staged = 0) {
+  Seq s = chain(past, rows, MASK_BLOCKS, block, staged);
+  s.lacks = lacks;
+  return s;
 }
 }  // namespace
 
@@ -183,7 +189,7 @@ Truth specify(Pass& pass, const Spec& z, Array<float>& q, float scale, u32 layer
     auto pos = [&](u32 i) { return s.past + (s.mask == MASK_TREE ? s.depth[i] : i); };
     auto sees = [&](u32 i, u32 j) {
       if (s.mask == MASK_FULL) return true;
-      if (s.mask == MASK_BLOCKS) return j / s.block <= i / s.block;
+      if (s.mask == MASK_BLOCKS) return (j + s.lacks) / s.block <= (i + s.lacks) / s.block;
       if (s.mask == MASK_CAUSAL) return j <= i;
       for (int at = i; at >= 0; at = s.parents[at])
         if (at == (int)j) return true;
@@ -288,6 +294,8 @@ TEST(attend) {
       {{1, 2, 64}, 64, 64, 2, {Seq{30, 9, MASK_TREE, 0, bushy(79, rng), 70}, chain(5, 4, MASK_FULL, 0, 66), chain(3, 2, MASK_CAUSAL, 0, 63)}},
       {{2, 1, 32, 4}, 16, 64, 1, {Seq{7, 5, MASK_TREE, 0, bushy(70, rng), 65}, chain(0, 12, MASK_BLOCKS, 8, 20)}},
       {{1, 3, 96}, 64, 128, 2, {chain(130, 7), chain(0, 30, MASK_BLOCKS, 7)}},
+      {{1, 3, 64}, 64, 64, 2, {blocks(61, 40, 32, 5), blocks(9, 7, 1u << 30, (1u << 30) - 4), blocks(3, 20, 16, 15, 50)}},
+      {{2, 1, 128, 20}, 16, 64, 1, {blocks(70, 13, 6, 2)}},
       {{2, 7, 128}, 16, 128, 2, {chain(200, 1), chain(5, 3)}},
       {{1, 2, 128, 70}, 64, 64, 1, {chain(150, 40), chain(10, 20, MASK_FULL)}},
       {{1, 2, 256}, 16, 64, 1, {chain(66, 2)}},
@@ -349,6 +357,7 @@ TEST(prefill) {
       {{1, 3, 64, 50}, {chain(40, 61), chain(0, 70, MASK_FULL)}},
       {{2, 2, 64}, {chain(100, 1), chain(3, 70), Seq{70, 65, MASK_TREE, 0, bushy(65, rng)}}},
       {{1, 2, 96}, {chain(33, 40, MASK_BLOCKS, 16), chain(5, 2)}},
+      {{1, 2, 64, 40}, {blocks(50, 70, 32, 7), blocks(0, 9, 4, 3, 66)}},
       {{1, 4, 128}, {chain(20, 70)}},
       {{1, 1, 256, 30}, {chain(10, 70)}},
       {{1, 2, 64, 5}, {Seq{10, 65, MASK_TREE, 0, bushy(95, rng), 30}, chain(3, 9, MASK_CAUSAL, 0, 70), chain(1, 5, MASK_FULL, 0, 60)}},

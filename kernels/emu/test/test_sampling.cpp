@@ -466,3 +466,21 @@ TEST(penalize) {
     CHECK(x[i] == (i % vocab < each ? want : was[i]), "logit %u: %g of %g", i, x[i], was[i]);
   }
 }
+
+TEST(forbid) {
+  const u32 rows = 5, vocab = 67;
+  for (u32 n : {1u, 30u}) {
+    Rng rng(n);
+    Array<float> x(rows * vocab);
+    Array<u32> tokens(n);
+    x.fill([&](size_t) { return logit(0, rng); });
+    const std::vector<float> was(x.p, x.p + rows * vocab);
+    tokens.fill([&](size_t i) { return vocab - 1 - 2 * i; });
+    test::launch("forbid", Forbid{{x.p}, {tokens.p}, rows, vocab, n}, (rows * n + 127) / 128, 128);
+    for (u32 i = 0; i < rows * vocab; i++) {
+      const u32 back = vocab - 1 - i % vocab;
+      const bool gone = back % 2 == 0 && back / 2 < n;
+      CHECK(gone ? x[i] == -INFINITY : x[i] == was[i], "logit %u: %g of %g, %u tokens", i, x[i], was[i], n);
+    }
+  }
+}

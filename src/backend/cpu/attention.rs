@@ -1,7 +1,7 @@
 //! Attention over the cache: softmax by chunks of keys, merged in order.
 //!
 //! A query row sees keys at consecutive *positions*: those behind its window up to its own, be they committed, staged
-//! before it, or its ancestors in a tree. Chunks, lanes and the order of every sum are counted by position, so a row's
+//! before it, or its ancestors in a tree; in a block up to the block's end. Chunks, lanes and the order of every sum are counted by position, so a row's
 //! result is the same bit for bit however its keys came into the cache, however many rows are in the pass and however
 //! many threads share the work: decoding a tree of drafts equals decoding token by token.
 //!
@@ -231,9 +231,7 @@ fn check(y: &[f32], q: &[f32], segs: &[SegView<'_>], layer: usize, spec: &AttnSp
             "{staged} rows behind row {} of a cache of {cap} rows",
             s.past
         );
-        if let Mask::Tree(t) = s.mask {
-            ensure!(t.len() == staged, Shape, "a tree of {} rows masks {staged} staged rows", t.len());
-        }
+        s.mask.check(staged)?;
     }
     Ok(())
 }

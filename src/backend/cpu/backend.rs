@@ -11,8 +11,10 @@ use super::pool::Pool;
 use super::{Compute, Tier};
 use super::{logits, rows, sampling};
 use crate::backend::host::HostBuf;
-use crate::backend::sampling::{check_penalties, width};
-use crate::backend::{Accepted, AttnSpec, Backend, Draw, Linear, Penalty, Rule, Segment, Trees};
+use crate::backend::sampling::{check_forbidden, check_penalties, width};
+use crate::backend::{
+    Accepted, AttnSpec, Backend, Candidates, Draw, Linear, Masked, Penalty, Rule, Segment, Trees, unmask,
+};
 use crate::dtype::Elem;
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
@@ -278,6 +280,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn forbid(&self, logits: &mut [f32], vocab: usize, tokens: &[u32]) -> Result<()> {
+        check_forbidden(tokens, vocab)?;
+        for x in logits.chunks_exact_mut(vocab) {
+            tokens.iter().for_each(|t| x[*t as usize] = f32::NEG_INFINITY);
+        }
+        Ok(())
+    }
+
     fn sample(&self, tokens: &mut [u32], logits: &[f32], draws: &[Draw]) -> Result<()> {
         if draws.is_empty() {
             return Ok(());
@@ -296,6 +306,17 @@ impl Backend for Cpu {
         let mut rows: Vec<_> = p.chunks_exact_mut(vocab).zip(logits.chunks_exact(vocab)).zip(draws).collect();
         self.each(&mut rows, |((p, x), draw)| sampling::distribution(self.tier, x, draw, p));
         Ok(())
+    }
+
+    fn unmask(
+        &self,
+        tokens: &mut [u32],
+        taken: &mut [u32],
+        rows: Candidates<'_, Self>,
+        texts: &[Masked<'_>],
+        eos: &[u32],
+    ) -> Result<()> {
+        unmask::on_host(tokens, taken, [rows.picks, rows.argmax], rows.stats, texts, eos)
     }
 
     fn verify_tree(&self, to: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {

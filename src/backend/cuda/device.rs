@@ -369,6 +369,10 @@ pub(super) enum Slot {
     Drafts,
     Chances,
     Penalties,
+    Forbidden,
+    Texts,
+    Positions,
+    Ends,
 }
 
 /// Bytes of tables that are kept.
@@ -377,7 +381,7 @@ const TABLES: usize = 64 << 20;
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
 pub(super) struct Small {
-    entries: [Entry; Slot::Penalties as usize + 1],
+    entries: [Entry; Slot::Ends as usize + 1],
     tables: HashMap<Vec<u8>, CudaBuf<u8>>,
     table_bytes: usize,
 }

@@ -121,6 +121,10 @@ kernels! {
         SAMPLE: Sample = "sample";
         DISTRIBUTION: Distribution = "distribution";
         PENALIZE: Penalize = "penalize";
+        FORBID: Forbid = "forbid";
+    }
+    "unmask" {
+        UNMASK: Unmask = "unmask";
     }
     "verify" {
         VERIFY_WALK: VerifyWalk = "verify_walk";

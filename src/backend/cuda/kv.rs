@@ -65,13 +65,12 @@ pub(super) fn table(segments: &[Segment<'_, Cuda>]) -> Result<(Vec<Seg>, Vec<u32
         let (kv, rows, all) = (&*s.kv, s.rows, s.staged + s.rows);
         let (at, end) = (s.range().start, s.range().end);
         ensure!(end <= kv.capacity, Capacity, "{rows} rows behind {at} exceed a cache of {}", kv.capacity);
-        let mask = match s.mask {
-            Mask::Causal => 0,
-            Mask::Full => 1,
-            Mask::Tree(t) => {
-                ensure!(t.len() == all, Shape, "a tree of {} rows for {all}", t.len());
-                2
-            }
+        s.mask.check(all)?;
+        let (mask, block, words) = match s.mask {
+            Mask::Causal => (0, 0, 0),
+            Mask::Full => (1, 0, 0),
+            Mask::Tree(_) => (2, 0, all.div_ceil(64)),
+            Mask::Blocks { block, offset } => (3, block, offset),
         };
         // The offset for now; never 0 once the address is added.
         let at = bits.len() * 4;
@@ -88,8 +87,8 @@ pub(super) fn table(segments: &[Segment<'_, Cuda>]) -> Result<(Vec<Seg>, Vec<u32
                 first,
                 mask,
                 capacity: kv.capacity as u32,
-                block: all as u32,
-                words: all.div_ceil(64) as u32,
+                block: block as u32,
+                words: words as u32,
             });
         }
         first += rows as u32;

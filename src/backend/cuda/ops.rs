@@ -8,7 +8,9 @@ use super::kernels::{self as k, Family, Kernel};
 use super::kv::{CudaKv, table};
 use super::memory::{CudaBuf, Dst, Src};
 use super::weight::{CudaWeight, Form};
-use crate::backend::{Accepted, AttnSpec, Backend, Buffer, Draw, Mask, Penalty, Rule, Segment, Trees, WeightInfo};
+use crate::backend::{
+    Accepted, AttnSpec, Backend, Buffer, Candidates, Draw, Mask, Masked, Penalty, Rule, Segment, Trees, WeightInfo,
+};
 use crate::dtype::{DType, Elem};
 use crate::error::{Result, bail};
 use crate::model::config::Activation;
@@ -523,12 +525,27 @@ impl Backend for Cuda {
         self.run_penalize(logits, vocab, penalties)
     }
 
+    fn forbid(&self, logits: Dst<'_, f32>, vocab: usize, tokens: &[u32]) -> Result<()> {
+        self.run_forbid(logits, vocab, tokens)
+    }
+
     fn sample(&self, tokens: Dst<'_, u32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
         self.run_sample(tokens, logits, draws)
     }
 
     fn distribution(&self, p: Dst<'_, f32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
         self.run_distribution(p, logits, draws)
+    }
+
+    fn unmask(
+        &self,
+        tokens: Dst<'_, u32>,
+        taken: Dst<'_, u32>,
+        rows: Candidates<'_, Self>,
+        texts: &[Masked<'_>],
+        eos: &[u32],
+    ) -> Result<()> {
+        self.run_unmask(tokens, taken, rows, texts, eos)
     }
 
     fn verify_tree(&self, accepted: Accepted<'_, Self>, trees: &Trees<'_>, rule: Rule<'_, Self>) -> Result<()> {

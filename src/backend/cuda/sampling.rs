@@ -3,8 +3,8 @@
 use super::device::Slot;
 use super::memory::{Dst, Src};
 use super::{Cuda, args, kernels as k};
-use crate::backend::sampling::{check_penalties, width};
-use crate::backend::{Accepted, Draw, Order, Penalty, Rule, Segment, Trees};
+use crate::backend::sampling::{check_forbidden, check_penalties, width};
+use crate::backend::{Accepted, Candidates, Draw, Masked, Order, Penalty, Rule, Score, Segment, Trees, unmask};
 use crate::error::{Result, ensure};
 use crate::rng::Key;
 
@@ -65,6 +65,18 @@ impl Cuda {
         let penalties = small.put(&self.stream, Slot::Penalties, &penalties.iter().map(record).collect::<Vec<_>>())?;
         let args = args::Penalize::new(logits, penalties, count, n)?;
         self.launch(k::PENALIZE, args, [(n as usize).div_ceil(128), 1, 1], 128, 0)
+    }
+
+    pub(super) fn run_forbid(&self, logits: Dst<'_, f32>, vocab: usize, tokens: &[u32]) -> Result<()> {
+        check_forbidden(tokens, vocab)?;
+        let (rows, n) = (logits.len() / vocab, tokens.len());
+        if rows * n == 0 {
+            return Ok(());
+        }
+        let mut small = self.small();
+        let tokens = small.put(&self.stream, Slot::Forbidden, tokens)?;
+        let args = args::Forbid::new(logits, tokens, rows as u32, vocab as u32, n as u32)?;
+        self.launch(k::FORBID, args, [(rows * n).div_ceil(128), 1, 1], 128, 0)
     }
 
     pub(super) fn run_sample(&self, tokens: Dst<'_, u32>, logits: Src<'_, f32>, draws: &[Draw]) -> Result<()> {
@@ -135,6 +147,50 @@ impl Cuda {
                 self.launch(kernel, args, [sequences, 1, 1], threads(vocab, 512), 0)
             }
         }
+    }
+
+    pub(super) fn run_unmask(
+        &self,
+        tokens: Dst<'_, u32>,
+        taken: Dst<'_, u32>,
+        rows: Candidates<'_, Self>,
+        texts: &[Masked<'_>],
+        eos: &[u32],
+    ) -> Result<()> {
+        let Candidates { picks, argmax, stats } = rows;
+        let sizes = [taken.len(), picks.len(), argmax.len(), stats.len()];
+        let n = unmask::check(texts, tokens.len(), sizes, eos)?;
+        if n == 0 {
+            return Ok(());
+        }
+        let (mut first, mut positions) = (0, Vec::with_capacity(n));
+        let record = |m: &Masked<'_>| {
+            positions.extend_from_slice(m.positions);
+            let limit = m.rule.limit();
+            let own = args::Masked {
+                first,
+                rows: m.positions.len() as u32,
+                text: m.tokens.start as u32,
+                score: u32::from(m.rule.score == Score::Confidence),
+                // What is at most the limit is below the next number.
+                limit: if m.rule.strict { limit } else { limit.next_up() },
+                best: m.rule.best,
+                forced_from: m.rule.forced.start,
+                forced_to: m.rule.forced.end,
+                fill_from: m.fill.start,
+                fill_to: m.fill.end,
+            };
+            first += own.rows;
+            own
+        };
+        let table: Vec<args::Masked> = texts.iter().map(record).collect();
+        let mut small = self.small();
+        let table = small.put(&self.stream, Slot::Texts, &table)?;
+        let positions = small.put(&self.stream, Slot::Positions, &positions)?;
+        let ends = small.put(&self.stream, Slot::Ends, eos)?;
+        let (s, n, len, e) = (texts.len() as u32, n as u32, tokens.len() as u32, eos.len() as u32);
+        let args = args::Unmask::new(table, picks, argmax, stats, positions, ends, tokens, taken, s, n, len, e)?;
+        self.launch(k::UNMASK, args, [texts.len(), 1, 1], 256, 0)
     }
 
     pub(super) fn run_kv_commit_batch(

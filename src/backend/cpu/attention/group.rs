@@ -155,9 +155,9 @@ impl<'a> Group<'a> {
 
     /// Positions that staged row `i` sees.
     fn seen(&self, i: usize) -> Range<usize> {
-        let SegView { past, mask, .. } = *self.seg;
+        let SegView { past, staged, rows, mask, .. } = *self.seg;
         let p = mask.position(past, i);
-        let end = if matches!(mask, Mask::Full) { self.seg.end() } else { p + 1 };
+        let end = if matches!(mask, Mask::Tree(_)) { p + 1 } else { past + mask.end(i, staged + rows) };
         self.spec.window.map_or(0, |w| (p + 1).saturating_sub(w))..end
     }
 

@@ -98,16 +98,20 @@ fn every_mask_agrees_with_the_definition() {
         let window = (rng.below(2) == 1).then(|| 1 + rng.below(300));
         let (spec, compute) = (spec(heads, kv_heads, dim, window), [Compute::Exact, Compute::Fast][round % 2]);
         let mut trees = Vec::new();
+        let block = 1 + rng.below(40);
+        let blocks = Mask::Blocks { block, offset: rng.below(block) };
         let seqs: Vec<_> = (0..1 + rng.below(3))
             .map(|_| {
                 let past = [0, rng.below(40), rng.below(400)][rng.below(3)];
                 let rows = [1, 1 + rng.below(8), 1 + rng.below(90)][rng.below(3)];
                 trees.push(TreeMask::new(&random_tree(&mut rng, rows)).unwrap());
-                (past, rows, rng.below(3), Sequence::new(&pools[0], &mut rng, past + rows, &spec, compute))
+                (past, rows, rng.below(4), Sequence::new(&pools[0], &mut rng, past + rows, &spec, compute))
             })
             .collect();
         let segs: Vec<_> = (seqs.iter().zip(&trees))
-            .map(|((past, rows, mask, s), t)| s.seg(*past, *rows, [Mask::Causal, Mask::Full, Mask::Tree(t)][*mask]))
+            .map(|((past, rows, mask, s), t)| {
+                s.seg(*past, *rows, [Mask::Causal, Mask::Full, Mask::Tree(t), blocks][*mask])
+            })
             .collect();
         let q = normals(&mut rng, segs.iter().map(|s| s.rows).sum::<usize>() * spec.q_dim());
         for tier in Tier::available() {
@@ -224,6 +228,8 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(call(2 * 32, seq.seg(60, 2, Mask::Causal), 1, &good), Err(Capacity));
     assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Causal), 2, &good), Err(Shape));
     assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Tree(&tree)), 1, &good), Err(Shape));
+    assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Blocks { block: 3, offset: 2 }), 1, &good), Ok(()));
+    assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Blocks { block: 3, offset: 3 }), 1, &good), Err(Shape));
     assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Causal), 1, &spec(4, 2, 8, Some(0))), Err(Shape));
     assert_eq!(call(2 * 32, seq.seg(6, 2, Mask::Causal), 1, &spec(4, 1, 8, None)), Err(Shape));
     assert_eq!(call(2 * 30, seq.seg(6, 2, Mask::Causal), 1, &spec(5, 2, 6, None)), Err(Shape));
