@@ -49,6 +49,26 @@ impl Chart {
         self.series.push(Series { name: name.into(), colour: colour.into(), shape: Shape::Dots, points });
     }
 
+    /// Where each name of the legend stands: beside the title, or, where there is no room for all, in rows below the plot.
+    fn legend(&self) -> Vec<(f64, f64)> {
+        /// Of a name, with its square and the gap behind it; letters are at most so wide on average.
+        const WIDTH: f64 = 120.0;
+        const LETTER: f64 = 8.0;
+        let width = |s: &Series| (34.0 + LETTER * s.name.chars().count() as f64).max(WIDTH);
+        let title = 10.0 * self.title.chars().count() as f64;
+        let all: f64 = self.series.iter().map(width).sum();
+        let beside = all <= RIGHT - LEFT - title;
+        let (mut x, mut y) = if beside { (RIGHT - all, 27.0) } else { (LEFT, SIZE.1 + 8.0) };
+        let places = self.series.iter().map(|s| {
+            if x > LEFT && x + width(s) > RIGHT {
+                (x, y) = (LEFT, y + 20.0);
+            }
+            x += width(s);
+            (x - width(s), y)
+        });
+        places.collect()
+    }
+
     /// As SVG.
     pub fn svg(&self) -> String {
         let finite = |p: &&(f64, f64)| p.0.is_finite() && p.1.is_finite();
@@ -63,7 +83,9 @@ impl Chart {
         let (y0, y1) = (ys[0], ys[ys.len() - 1]);
         let x = |v: f64| LEFT + (v - x0) / (x1 - x0) * (RIGHT - LEFT);
         let y = |v: f64| BOTTOM - (v - y0) / (y1 - y0) * (BOTTOM - TOP);
-        let (w, h) = SIZE;
+        let (w, legend) = (SIZE.0, self.legend());
+        // Rows of a legend below the plot make the picture higher.
+        let h = legend.iter().map(|at| at.1 + 14.0).fold(SIZE.1, f64::max);
         let mut s = format!(
             r##"<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="13" fill="#222">
 <rect width="{w}" height="{h}" fill="#fff"/>
@@ -87,7 +109,7 @@ impl Chart {
             r##"<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>
 <text x="{middle_x}" y="{}" text-anchor="middle">{}</text>
 <text transform="translate(18 {middle_y}) rotate(-90)" text-anchor="middle">{}</text>"##,
-            h - 14.0,
+            SIZE.1 - 14.0,
             escape(&self.x),
             escape(&self.y)
         );
@@ -109,12 +131,11 @@ impl Chart {
                 }),
             }
         }
-        for (i, Series { name, colour, .. }) in self.series.iter().rev().enumerate() {
-            let at = RIGHT - 120.0 * (i + 1) as f64;
+        for (Series { name, colour, .. }, (x, y)) in self.series.iter().zip(legend) {
+            let (top, text) = (y - 11.0, x + 18.0);
             let _ = writeln!(
                 s,
-                r##"<rect x="{at}" y="16" width="12" height="12" fill="{colour}"/><text x="{}" y="27">{}</text>"##,
-                at + 18.0,
+                r##"<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/><text x="{text}" y="{y}">{}</text>"##,
                 escape(name)
             );
         }
@@ -145,6 +166,34 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_legend_stands_where_it_has_room() {
+        let chart = |names: &[&str]| {
+            let mut c = Chart::new("GSM8K-CoT in Dream", "x", "y");
+            names.iter().for_each(|n| c.line(n, COLOURS[0], 1.0, vec![(0.0, 0.0), (1.0, 1.0)]));
+            c
+        };
+        let few = chart(&["training", "held out"]);
+        assert_eq!(few.legend(), [(540.0, 27.0), (660.0, 27.0)]);
+        assert!(few.svg().contains(r#"height="450""#));
+        let many = chart(&[
+            "Qwen2.5-7B-it",
+            "EAGLE-3 (LLaMA-3.1-8B)",
+            "Dream",
+            "Fast-dLLM",
+            "Fast-dLLM v2",
+            "dParallel",
+            "d3LLM",
+        ]);
+        let places = many.legend();
+        assert_eq!(places.iter().map(|p| p.1).collect::<Vec<_>>(), [458.0, 458.0, 458.0, 458.0, 478.0, 478.0, 478.0]);
+        for (w, s) in places.windows(2).zip(&many.series) {
+            assert!(w[1].1 > w[0].1 || w[1].0 - w[0].0 >= 26.0 + 8.0 * s.name.len() as f64, "{w:?}");
+        }
+        assert!(places.iter().all(|p| (LEFT..RIGHT - 100.0).contains(&p.0)), "{places:?}");
+        assert!(many.svg().contains(r#"height="492""#));
+    }
 
     #[test]
     fn ticks_are_round_and_cover_the_range() {
