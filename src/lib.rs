@@ -11,6 +11,7 @@ pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod decode;
+pub mod diffusion;
 pub mod dtype;
 pub mod engine;
 pub mod error;

@@ -91,13 +91,13 @@ fn by_label(common: &Common, args: &AccuracyArgs, tasks: &Tasks, done: &dyn Fn()
 }
 
 /// What an answer comes down to: what stands behind its last ####, or all of it.
-fn essence(answer: &str) -> String {
+pub(super) fn essence(answer: &str) -> String {
     let last = answer.rsplit_once("####").map_or(answer, |(_, a)| a.lines().next().unwrap_or(a));
     last.trim().trim_end_matches('.').replace(',', "")
 }
 
 fn by_answer(common: &Common, args: &AccuracyArgs, tasks: &Tasks, done: &dyn Fn()) -> Result<Accuracy> {
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let mut out = Accuracy::default();
     for (prompt, answer) in &tasks.rows {
         let mut session = engine.session(engine.config().context, common.seed)?;

@@ -109,7 +109,7 @@ impl DraftArgs {
         let learning = learning.as_ref();
         let spec = match self.decoder {
             Some(DecoderFlag::Diffusion) => {
-                bail!(Unsupported, "--decoder diffusion is not built yet; use --decoder ar or spec")
+                bail!(Unsupported, "--decoder diffusion is for the verbs generate and eval aup")
             }
             Some(DecoderFlag::Ar) => return Ok(None),
             Some(DecoderFlag::Spec) => true,

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::flags::{Common, GenerateArgs, SamplingArgs};
-use super::{drafting, out};
+use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
+use super::{diffusion, drafting, out};
 use crate::backend::cpu::{Tier, logits::top_k};
 use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
@@ -14,6 +14,12 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);
     let prompt = prompt_text(args)?;
     let engine = common.engine()?;
+    // A diffusion model is decoded as one unless told otherwise.
+    let diffuse = args.draft.decoder.map_or(engine.config().diffusion.is_some(), |d| d == DecoderFlag::Diffusion);
+    if diffuse {
+        let ids = prompt_ids(&engine, args, prompt)?;
+        return diffusion::generate(common, args, &engine, &ids);
+    }
     let steps = args.draft.steps(&engine)?;
     let draft = if steps.is_none() { args.draft.open(&engine)? } else { None };
     let how = match &steps {

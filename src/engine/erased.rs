@@ -36,6 +36,7 @@ pub(super) trait AnyModel: Send + Sync {
     /// Another model on the same device: an `Arc<Model<B>>`.
     fn load(&self, source: &dyn TensorSource) -> Result<Box<dyn Any + Send + Sync>>;
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats>;
+    fn diffuse(&self, texts: &mut [crate::diffusion::Schedule], on: crate::diffusion::OnPass<'_>) -> Result<()>;
     fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>>;
     fn weight_bytes(&self) -> usize;
     fn bytes_per_token(&self) -> usize;
@@ -192,6 +193,10 @@ impl<B: Train> AnyModel for Shared<B> {
 
     fn load(&self, source: &dyn TensorSource) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(Arc::new(Model::load(self.0.device().clone(), source, |_, _| {})?)))
+    }
+
+    fn diffuse(&self, texts: &mut [crate::diffusion::Schedule], on: crate::diffusion::OnPass<'_>) -> Result<()> {
+        super::diffusion::run(&self.0, texts, on)
     }
 
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats> {

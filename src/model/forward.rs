@@ -32,19 +32,34 @@ pub struct Sequence<'a, B: Backend> {
     pub want: Want<'a>,
     /// Whether the rows stand behind those that are staged already; if not, they take their place.
     pub extend: bool,
+    /// Positions of the rows where they are others than the mask's; for models without a window.
+    pub positions: Option<&'a [u32]>,
 }
 
 impl<'a, B: Backend> Sequence<'a, B> {
     /// Rows behind the committed ones.
     pub fn new(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
-        Self { cache, tokens, mask, want, extend: false }
+        Self { cache, tokens, mask, want, extend: false, positions: None }
     }
 
     /// Rows behind all that is staged: the next level of a tree, computed without those before it. `mask` covers all staged rows,
     /// of which row i of this pass is number `cache.staged() + i`, and so do the rows that [`KvCache::commit`] takes afterwards.
     /// The same tree staged in one pass gives the same bits.
     pub fn extend(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
-        Self { cache, tokens, mask, want, extend: true }
+        Self { cache, tokens, mask, want, extend: true, positions: None }
+    }
+
+    /// The same with rows that stand elsewhere in the text: a cache whose rows are not in the order of positions.
+    pub fn at(self, positions: &'a [u32]) -> Self {
+        Self { positions: Some(positions), ..self }
+    }
+
+    /// Position of row `i`.
+    fn position(&self, i: usize) -> usize {
+        match self.positions {
+            Some(p) => p[i] as usize,
+            None => self.mask.position(self.cache.len(), self.staged() + i),
+        }
     }
 
     /// Staged rows that the pass keeps.
@@ -70,7 +85,7 @@ impl<B: Backend> Model<B> {
     /// after sequence, lie in `ws` until the next pass. Returns how many logit rows there are.
     ///
     /// # Errors
-    /// More rows than the workspace or a cache holds, a token outside the vocabulary, a tree of another size.
+    /// More rows than the workspace or a cache holds, a token outside the vocabulary, a mask of other rows.
     pub fn forward(&self, seqs: &mut [Sequence<'_, B>], ws: &mut Workspace<B>) -> Result<usize> {
         self.forward_watched(seqs, ws, None)
     }
@@ -167,8 +182,16 @@ impl<B: Backend> Model<B> {
             let (n, at) = (s.tokens.len(), ws.tokens.len() as u32);
             let (before, staged, capacity) = (s.cache.len() + s.staged(), s.staged() + n, s.cache.capacity());
             ensure!(before + n <= capacity, Capacity, "{n} tokens behind {before} exceed the context of {capacity}");
-            if let Mask::Tree(t) = s.mask {
-                ensure!(t.len() == staged, Shape, "a tree of {} rows for {staged} staged tokens", t.len());
+            s.mask.check(staged)?;
+            if let Some(p) = s.positions {
+                let fits = p.len() == n && self.cfg.window.is_none();
+                ensure!(
+                    fits,
+                    Shape,
+                    "{} positions for {n} tokens, in a model with a window of {:?}",
+                    p.len(),
+                    self.cfg.window
+                );
             }
             ws.tokens.extend_from_slice(s.tokens);
             match s.want {
@@ -195,8 +218,7 @@ impl<B: Backend> Model<B> {
         let d = self.cfg.head_dim;
         for (rope, buf) in ropes.into_iter().zip(&mut ws.rope) {
             let Some(rope) = rope else { continue };
-            let positions =
-                seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.mask.position(s.cache.len(), s.staged() + i)));
+            let positions = seqs.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.position(i)));
             rope.fill(positions, d, &mut ws.table);
             self.be.upload_acc(buf.head_mut(rows * d), &ws.table[..rows * d])?;
         }
