@@ -180,6 +180,7 @@ fn halves(batch: &Batch) -> [Batch; 2] {
     let part = |rows: std::ops::Range<usize>, lens: &[usize]| Batch {
         tokens: batch.tokens[rows.clone()].to_vec(),
         lens: lens.to_vec(),
+        ids: Vec::new(),
         labels: batch
             .labels
             .iter()

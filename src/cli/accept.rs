@@ -91,7 +91,7 @@ pub(super) fn run(common: &Common, args: &AcceptArgs) -> Result<ExitCode> {
     for file in &args.files {
         prompts.extend(read(file, args.limit)?);
     }
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let draft = args.draft.open(&engine)?;
     ensure!(draft.is_some(), Usage, "nothing drafts: give --decoder spec with --draft lookup, a model or a head");
     let sampler = args.sampling.sampler()?;

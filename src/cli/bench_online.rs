@@ -215,7 +215,7 @@ fn digest(prompts: &[(usize, &Prompt)]) -> String {
 
 pub(super) fn run(common: &Common, args: &BenchOnlineArgs) -> Result<ExitCode> {
     let stream: Vec<Vec<Prompt>> = args.stream.iter().map(|p| segment(p)).collect::<Result<_>>()?;
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let names = std::iter::once(OFFLINE).chain(args.methods.iter().map(|m| &**m).filter(|m| *m != OFFLINE));
     let methods: Vec<Method> = names.map(|n| Method::open(&engine, n, args)).collect::<Result<_>>()?;
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(args.out.display(), e))?;

@@ -11,7 +11,7 @@ use crate::error::{Error, Result, bail};
 
 pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
     let (how, sampler) = (generate::how(&args.sampling)?, args.sampling.sampler()?);
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let draft = args.draft.open(&engine)?;
     let how = args.draft.apply(how, sampler, draft.as_ref());
     let costs = draft.as_ref().map(|d| drafting::Costs::restore(common, &engine, d)).transpose()?;

@@ -18,7 +18,7 @@ pub(super) fn ppl(common: &Common, args: &PplArgs) -> Result<()> {
         let at = e.utf8_error().valid_up_to();
         Error::new(ErrorKind::Usage, format!("{file}: not UTF-8 at byte {at}"))
     })?;
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let mut ids = engine.tokenizer()?.encode(&text, true, false)?;
     if args.max_tokens > 0 {
         ids.truncate(args.max_tokens);

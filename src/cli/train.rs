@@ -9,8 +9,9 @@ use serde_json::json;
 
 use super::flags::{Common, LoraArgs, TrainArgs};
 use super::out;
-use crate::engine::{Lora, Method, TrainRun};
+use crate::engine::{DataSettings, Lora, Method, TrainRun};
 use crate::error::{Context, Error, ErrorKind, Result, bail};
+use crate::model::Recompute;
 use crate::train::run::Event;
 use crate::train::{Plan, Settings};
 
@@ -145,6 +146,25 @@ impl StepBar {
     }
 }
 
+impl TrainArgs {
+    /// Sets what was given but for the data.
+    pub(super) fn apply(
+        &self,
+        plan: &mut Plan,
+        optimizer: &mut Settings,
+        reading: &mut DataSettings,
+        recompute: &mut Recompute,
+    ) -> Result<()> {
+        self.run.apply(plan, optimizer)?;
+        set(&mut reading.max_length, &self.max_length);
+        named("--long-rows", &self.long_rows, &mut reading.long_rows)?;
+        set(&mut reading.limit, &self.limit);
+        reading.chat |= self.chat;
+        named("--optimizer", &self.optimizer, &mut optimizer.kind)?;
+        named("--recompute", &self.recompute, recompute)
+    }
+}
+
 fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> Result<TrainRun> {
     let mut run = match &a.config {
         Some(path) => {
@@ -163,14 +183,7 @@ fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> 
     if a.held_out.is_some() {
         run.held_out.clone_from(&a.held_out);
     }
-    let (plan, reading, optimizer) = (&mut run.plan, &mut run.reading, &mut run.optimizer);
-    a.run.apply(plan, optimizer)?;
-    set(&mut reading.max_length, &a.max_length);
-    named("--long-rows", &a.long_rows, &mut reading.long_rows)?;
-    set(&mut reading.limit, &a.limit);
-    reading.chat |= a.chat;
-    named("--optimizer", &a.optimizer, &mut optimizer.kind)?;
-    named("--recompute", &a.recompute, &mut run.recompute)?;
+    a.apply(&mut run.plan, &mut run.optimizer, &mut run.reading, &mut run.recompute)?;
     Ok(run)
 }
 

@@ -67,7 +67,7 @@ fn generate(common: &Common, args: &TrainDraftArgs) -> Result<()> {
         temperature: args.temperature,
         seed: common.seed,
     };
-    let engine = common.engine()?;
+    let engine = common.autoregressive()?;
     let bar = out::bar(0, "");
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta} left") {
         bar.set_style(style);

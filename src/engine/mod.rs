@@ -15,6 +15,8 @@
 //! ```
 
 mod accuracy;
+mod diffusion;
+mod diffusion_training;
 mod draft;
 mod erased;
 mod learning;
@@ -24,6 +26,7 @@ mod session;
 mod speculation;
 mod speed;
 mod steps;
+mod tasks;
 mod texts;
 mod training;
 
@@ -32,6 +35,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
+pub use diffusion_training::{Convert, DiffusionRun, Learn};
 pub use draft::DraftRun;
 pub use erased::Decode;
 pub use selfgen::{SelfGen, SelfGenerated};
@@ -40,6 +44,7 @@ pub use session::{Finish, Generate, Generation, Piece, Session};
 pub use speculation::{Draft, DraftKind, Memory, Speculation};
 pub use speed::{TrainBench, TrainSpeed, train_speed};
 pub use steps::{Preference, StepCounts, StepJudge, StepSettings, Steps};
+pub use tasks::{Measured, Task};
 pub use texts::Texts;
 pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
 
@@ -47,6 +52,9 @@ use crate::backend::Train;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::naive::Naive;
+pub use crate::diffusion::aup::{AupCurve, AupSettings, Point, Weighed, aup};
+pub use crate::diffusion::train::{DistillSettings, MaskedSettings, Weighting};
+pub use crate::diffusion::{Cache, Choose, Commit, OnPass, Outcome, Rank, Schedule, Settings as DiffusionSettings};
 use crate::error::{Context, Error, ErrorKind, Result, bail};
 pub use crate::format::Message;
 use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
@@ -130,6 +138,12 @@ impl EngineOptions {
             _ => None,
         };
         Ok(gpu.map(|gpu| if self.without_graphs { gpu.without_graphs() } else { gpu }))
+    }
+
+    /// The same for another model on the same device, without an adapter.
+    fn again(&self) -> Self {
+        let Self { device, threads, compute, tier, without_graphs, .. } = *self;
+        Self { device, threads, compute, tier, without_graphs, adapter: None, progress: None }
     }
 
     pub(crate) fn cpu(&self) -> Result<Cpu> {

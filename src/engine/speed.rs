@@ -80,7 +80,7 @@ impl OnDevice for Job<'_> {
         let (mut rng, n, cfg) = (Rng::new(0), what.tokens, model.config().clone());
         let tokens: Vec<u32> = (0..n).map(|_| rng.below(cfg.vocab) as u32).collect();
         let labels = (1..n).map(|i| (i as u32 - 1, tokens[i])).collect();
-        let batch = Batch { tokens, lens: vec![n], labels };
+        let batch = Batch { tokens, lens: vec![n], labels, ids: Vec::new() };
         let settings = Settings { lr: 1e-5, ..Settings::default() };
         let mut trainer = Trainer::new(model, trainable, settings, n, what.recompute)?;
         let mut out = TrainSpeed { flops: flops(&cfg, what), ..TrainSpeed::default() };

@@ -11,11 +11,12 @@ use crate::error::{Context, Error, ErrorKind, Result, ensure};
 use crate::format::Checkpoint;
 use crate::format::peft::{PeftAdapter, PeftTensor};
 use crate::format::write_model::{can_write, write_model};
+use crate::model::config::Diffusion;
 use crate::model::lora::{ModuleSpec, ModuleValues};
 use crate::model::roles::{LayerRole, TensorSource};
 use crate::model::{Adapter, Model, ModelConfig, Recompute, Trained};
 use crate::train::data::{Dataset, LongRows, Options, Pairs};
-use crate::train::run::{Event, Outcome, checkpoints, run};
+use crate::train::run::{Event, NextToken, Outcome, checkpoints, run};
 use crate::train::{Checkpoint as State, Plan, Settings, Trainable, Trainer};
 
 /// Which LoRA adapter a run makes.
@@ -138,7 +139,7 @@ impl Default for DataSettings {
 }
 
 impl DataSettings {
-    fn load(&self, path: &Path, texts: &Texts) -> Result<Dataset> {
+    pub(super) fn load(&self, path: &Path, texts: &Texts) -> Result<Dataset> {
         let pairs = if self.chat { Pairs::Chat } else { Pairs::Plain };
         let options = Options {
             max_tokens: self.max_length,
@@ -239,13 +240,22 @@ impl super::OnDevice for Job<'_> {
         let json = serde_json::to_value(settings).map_err(|e| Error::with_source(ErrorKind::Config, "settings", e))?;
         std::fs::create_dir_all(self.out).map_err(|e| Error::io(self.out.display(), e))?;
         crate::files::write_file(&self.out.join("run.json"), |to| Ok(serde_json::to_writer_pretty(to, &json)?))?;
-        let outcome =
-            run(&mut trainer, &self.examples, &self.held_out, &plan, self.out, &json, self.state.as_ref(), self.on)?;
+        let outcome = run(
+            &mut trainer,
+            &mut NextToken,
+            &self.examples,
+            &self.held_out,
+            &plan,
+            self.out,
+            &json,
+            self.state.as_ref(),
+            self.on,
+        )?;
         let (model, trained) = trainer.into_parts();
         match (&trained, &settings.method) {
             (Trainable::Adapter(a), Method::Lora(lora)) => {
                 let base = checkpoint.path().display().to_string();
-                let peft = to_peft(lora, base, a.to_host(model.backend())?);
+                let peft = to_peft(lora, base, a.to_host(model.backend())?, None);
                 peft.write(&self.out.join("adapter"), model.config())?;
             }
             (Trainable::Full(full), _) => {
@@ -257,7 +267,12 @@ impl super::OnDevice for Job<'_> {
     }
 }
 
-fn to_peft(lora: &Lora, base: String, modules: Vec<ModuleValues>) -> PeftAdapter {
+pub(super) fn to_peft(
+    lora: &Lora,
+    base: String,
+    modules: Vec<ModuleValues>,
+    diffusion: Option<Diffusion>,
+) -> PeftAdapter {
     let tensor = |m: ModuleValues| PeftTensor {
         layer: m.spec.layer,
         module: m.spec.role,
@@ -271,6 +286,7 @@ fn to_peft(lora: &Lora, base: String, modules: Vec<ModuleValues>) -> PeftAdapter
         alpha: lora.alpha,
         rank_stabilized: lora.rank_stabilized,
         base_model: Some(base),
+        diffusion,
         tensors: modules.into_iter().map(tensor).collect(),
     }
 }
@@ -280,19 +296,23 @@ fn to_peft(lora: &Lora, base: String, modules: Vec<ModuleValues>) -> PeftAdapter
 /// # Errors
 /// As [`PeftAdapter::read`].
 pub fn read_adapter(folder: &Path, cfg: &ModelConfig) -> Result<Vec<ModuleValues>> {
-    let peft = PeftAdapter::read(folder, cfg)?;
+    Ok(to_modules(PeftAdapter::read(folder, cfg)?))
+}
+
+fn to_modules(peft: PeftAdapter) -> Vec<ModuleValues> {
     let scales: Vec<f32> = peft.tensors.iter().map(|t| peft.scale(t)).collect();
     let modules = peft.tensors.into_iter().zip(scales).map(|(t, scale)| {
         let spec = ModuleSpec { role: t.module, layer: t.layer, rank: t.rank, scale };
         ModuleValues { spec, a: t.a, b: t.b }
     });
-    Ok(modules.collect())
+    modules.collect()
 }
 
 /// A model's tensors with an adapter added to them: W + scale B A.
 pub struct Merged<'a> {
     base: &'a dyn TensorSource,
     modules: Vec<ModuleValues>,
+    config: ModelConfig,
 }
 
 impl<'a> Merged<'a> {
@@ -301,13 +321,20 @@ impl<'a> Merged<'a> {
     /// # Errors
     /// As [`PeftAdapter::read`].
     pub fn new(base: &'a dyn TensorSource, folder: &Path) -> Result<Self> {
-        Ok(Self { modules: read_adapter(folder, base.config())?, base })
+        let (peft, mut config) = (PeftAdapter::read(folder, base.config())?, base.config().clone());
+        config.diffusion = peft.diffusion.or(config.diffusion);
+        Ok(Self {
+            modules: to_modules(peft),
+            base,
+            config: config.validate().context(|| folder.display().to_string())?,
+        })
     }
 }
 
 impl TensorSource for Merged<'_> {
+    /// The base's; a diffusion model's where the adapter makes one.
     fn config(&self) -> &ModelConfig {
-        self.base.config()
+        &self.config
     }
 
     /// What the adapter does not touch is as it was; the rest is F32, exact but for one rounding of each entry.

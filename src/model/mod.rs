@@ -19,6 +19,6 @@ pub use full::{Full, Trained};
 pub use kv::KvCache;
 pub use lora::{Adapter, Param};
 pub use saved::{Pass, Recompute, Saved};
-pub use training::Head;
+pub use training::{Head, Term};
 pub use weights::{Model, Weights};
 pub use workspace::Workspace;

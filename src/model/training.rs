@@ -8,7 +8,7 @@ use super::lora::{Adapter, Site, SiteAdapter};
 use super::roles::LayerRole;
 use super::saved::{Pass, Saved};
 use super::weights::Model;
-use crate::backend::{AttnSpec, Backend, Buffer, In, Out, Target, Train, Write};
+use crate::backend::{AttnSpec, Backend, Buffer, In, Target, Train, Write};
 use crate::dtype::Real;
 use crate::error::{Result, ensure};
 
@@ -177,6 +177,8 @@ fn shrunk<'a, B: Train>(
 pub struct Head<B: Backend> {
     tile: usize,
     logits: B::Buf<B::Acc>,
+    /// Logits for a second term.
+    second: Option<B::Buf<B::Acc>>,
     loss: B::Buf<B::Acc>,
     /// Gradient of the wanted rows' hidden states.
     dout: B::Buf<B::Acc>,
@@ -187,12 +189,20 @@ impl<B: Train> Head<B> {
     pub fn new(model: &Model<B>, wanted: usize, tile: usize) -> Result<Self> {
         let (be, cfg, tile) = (&*model.be, &model.cfg, tile.clamp(1, wanted.max(1)));
         let [logits, dout] = [be.alloc(tile * cfg.vocab)?, be.alloc(wanted * cfg.hidden)?];
-        Ok(Self { tile, logits, loss: be.alloc(tile)?, dout })
+        Ok(Self { tile, logits, second: None, loss: be.alloc(tile)?, dout })
     }
 
     pub(super) fn dout(&self, rows: usize, hidden: usize) -> In<'_, B, B::Acc> {
         self.dout.head(rows * hidden)
     }
+}
+
+/// One part of a loss over wanted rows: what they should have been, and the weight of each row's gradient.
+pub struct Term<'a, 't, B: Backend> {
+    /// Of a range of wanted rows.
+    pub target: &'a dyn Fn(Range<usize>) -> Target<'t, B>,
+    /// Of all wanted rows.
+    pub weights: &'a [f32],
 }
 
 impl<B: Train> Model<B> {
@@ -211,24 +221,57 @@ impl<B: Train> Model<B> {
         target: impl Fn(Range<usize>) -> Target<'t, B>,
         weights: &[f32],
         grad: bool,
-        mut full: Option<&mut super::Full<B>>,
+        full: Option<&mut super::Full<B>>,
     ) -> Result<Vec<f64>> {
+        let mut losses = self.head_terms(pass, saved, head, &[Term { target: &target, weights }], grad, full)?;
+        Ok(losses.swap_remove(0))
+    }
+
+    /// [`Model::head`] for a loss that is a sum of one or two terms: the losses of each.
+    ///
+    /// # Errors
+    /// Another number of terms; the device's.
+    pub fn head_terms(
+        &self,
+        pass: &Pass,
+        saved: &Saved<B>,
+        head: &mut Head<B>,
+        terms: &[Term<'_, '_, B>],
+        grad: bool,
+        mut full: Option<&mut super::Full<B>>,
+    ) -> Result<Vec<Vec<f64>>> {
         let (be, cfg, n) = (&*self.be, &self.cfg, pass.wanted.len());
-        ensure!(weights.len() == n, Shape, "{} weights for {n} rows that have a loss", weights.len());
+        ensure!((1..=2).contains(&terms.len()), Shape, "a loss of {} terms", terms.len());
+        for t in terms {
+            ensure!(t.weights.len() == n, Shape, "{} weights for {n} rows that have a loss", t.weights.len());
+        }
+        if terms.len() == 2 && head.second.is_none() {
+            head.second = Some(be.alloc(head.tile * cfg.vocab)?);
+        }
         let w = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
         let role = if cfg.tied { super::roles::Role::Embed } else { super::roles::Role::Head };
-        let mut losses = vec![0.0; n];
+        let mut losses = vec![vec![0.0; n]; terms.len()];
         let mut part = vec![B::Acc::default(); head.tile];
         for first in (0..n).step_by(head.tile) {
             let r = first..n.min(first + head.tile);
             let (rows, h) = (r.len(), first * cfg.hidden..r.end * cfg.hidden);
             let (nv, x) = (rows * cfg.vocab, saved.out.view(h.clone()));
             be.linear_fwd(head.logits.head_mut(nv), x, w, None, Write::Set)?;
-            let loss: Out<'_, B, B::Acc> = head.loss.head_mut(rows);
-            be.loss_rows(loss, head.logits.head_mut(nv), &target(r.clone()), &weights[r.clone()])?;
-            be.download(head.loss.head(rows), &mut part[..rows])?;
-            losses[r].iter_mut().zip(&part).for_each(|(l, p)| *l = p.to_f64());
+            if let Some(second) = head.second.as_mut().filter(|_| terms.len() == 2) {
+                be.copy(second.head_mut(nv), head.logits.head(nv))?;
+            }
+            for (term, losses) in terms.iter().zip(&mut losses).rev() {
+                let (loss, weights) = (head.loss.head_mut(rows), &term.weights[r.clone()]);
+                let last = std::ptr::eq(term, &terms[0]);
+                let logits = if last { &mut head.logits } else { head.second.as_mut().unwrap_or(&mut head.logits) };
+                be.loss_rows(loss, logits.head_mut(nv), &(term.target)(r.clone()), weights)?;
+                be.download(head.loss.head(rows), &mut part[..rows])?;
+                losses[r.clone()].iter_mut().zip(&part).for_each(|(l, p)| *l = p.to_f64());
+            }
             if grad {
+                if let Some(second) = head.second.as_ref().filter(|_| terms.len() == 2) {
+                    be.axpy(head.logits.head_mut(nv), 1.0, second.head(nv))?;
+                }
                 let dz = head.logits.head(nv);
                 be.linear_bwd_x(head.dout.view_mut(h), dz, w, Write::Set)?;
                 if let Some(dw) = full.as_mut().and_then(|f| f.grad(role)) {

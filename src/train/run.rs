@@ -115,7 +115,35 @@ pub struct Outcome {
     pub new_tokens: u64,
 }
 
-/// Runs `trainer` over `examples`. `settings` go into every checkpoint; with `resume` the run goes on from one, which must
+/// What a run makes small.
+pub trait Objective<B: Train> {
+    /// One step on `batches`, of a run of `total` steps.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`].
+    fn step(&mut self, trainer: &mut Trainer<B>, batches: &[Batch], total: u64) -> Result<Report>;
+
+    /// The loss of data that is not learnt from, the same at every call with the same weights.
+    ///
+    /// # Errors
+    /// The device's.
+    fn evaluate(&mut self, trainer: &mut Trainer<B>, batches: &[Batch]) -> Result<f64>;
+}
+
+/// Mean cross-entropy of each label given what stands before it.
+pub struct NextToken;
+
+impl<B: Train> Objective<B> for NextToken {
+    fn step(&mut self, trainer: &mut Trainer<B>, batches: &[Batch], _: u64) -> Result<Report> {
+        trainer.step(batches)
+    }
+
+    fn evaluate(&mut self, trainer: &mut Trainer<B>, batches: &[Batch]) -> Result<f64> {
+        trainer.evaluate(batches)
+    }
+}
+
+/// Runs `trainer` over `examples` towards `objective`. `settings` go into every checkpoint; with `resume` the run goes on from one, which must
 /// be of the same settings, to the very weights that it would have had without a break.
 ///
 /// # Errors
@@ -123,6 +151,7 @@ pub struct Outcome {
 #[allow(clippy::too_many_arguments)]
 pub fn run<B: Train>(
     trainer: &mut Trainer<B>,
+    objective: &mut dyn Objective<B>,
     examples: &[Example],
     held_out: &[Example],
     plan: &Plan,
@@ -152,7 +181,7 @@ pub fn run<B: Train>(
     let mut batches = Batches::new(examples, plan.packing(), Some(plan.seed), cursor)?;
     let total = plan.total(batches.in_epoch());
     let held_out = held_out_batches(held_out, plan)?;
-    let mut run = Run { trainer, plan, dir, settings, curve, held_out };
+    let mut run = Run { trainer, objective, plan, dir, settings, curve, held_out };
     if run.trainer.steps() == 0 {
         run.measure(on)?;
     }
@@ -163,7 +192,7 @@ pub fn run<B: Train>(
             break;
         }
         let step: Vec<Batch> = batches.by_ref().take(plan.accumulate).collect();
-        let done = run.trainer.step(&step);
+        let done = run.objective.step(run.trainer, &step, total);
         let report = done.context(|| match saved {
             Some(step) => format!("stopped; the checkpoint of step {step} in {} is good", dir.display()),
             None => "stopped before the first checkpoint".into(),
@@ -210,6 +239,7 @@ fn held_out_batches(examples: &[Example], plan: &Plan) -> Result<Vec<Batch>> {
 
 struct Run<'a, B: Train> {
     trainer: &'a mut Trainer<B>,
+    objective: &'a mut dyn Objective<B>,
     plan: &'a Plan,
     dir: &'a Path,
     settings: &'a serde_json::Value,
@@ -220,7 +250,7 @@ struct Run<'a, B: Train> {
 impl<B: Train> Run<'_, B> {
     fn measure(&mut self, on: &mut dyn FnMut(Event)) -> Result<()> {
         if !self.held_out.is_empty() {
-            let (step, loss) = (self.trainer.steps(), self.trainer.evaluate(&self.held_out)?);
+            let (step, loss) = (self.trainer.steps(), self.objective.evaluate(self.trainer, &self.held_out)?);
             self.curve.held_out.push((step, loss));
             on(Event::HeldOut(step, loss));
         }

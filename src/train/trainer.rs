@@ -6,7 +6,7 @@ use super::optim::{Optimizer, Settings, Stepped};
 use super::{Batch, Checkpoint, Cursor};
 use crate::backend::{Buffer, Target, Train};
 use crate::error::{Result, bail, ensure};
-use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved};
+use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved, Term};
 
 /// Rows of logits that exist at a time.
 const TILE: usize = 256;
@@ -119,13 +119,38 @@ impl<B: Train> Trainer<B> {
         weights: &[f32],
         grad: bool,
     ) -> Result<Vec<f64>> {
+        self.forward(pass)?;
+        Ok(self.backward(pass, &[Term { target: &target, weights }], grad)?.swap_remove(0))
+    }
+
+    /// Runs a pass, for [`Trainer::likeliest`] and [`Trainer::backward`].
+    ///
+    /// # Errors
+    /// A pass larger than planned; the device's errors.
+    pub fn forward(&mut self, pass: &Pass) -> Result<()> {
+        let Self { model, trainable, saved, .. } = self;
+        model.forward_saved(pass, trainable.adapter(), saved)
+    }
+
+    /// The likeliest token of each wanted row of the last forward pass.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn likeliest(&mut self, pass: &Pass) -> Result<Vec<u32>> {
+        self.model.likeliest(pass, &self.saved, &mut self.head)
+    }
+
+    /// The losses of the wanted rows of the last forward pass under each term; adds the gradient of their sum, where `grad`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn backward(&mut self, pass: &Pass, terms: &[Term<'_, '_, B>], grad: bool) -> Result<Vec<Vec<f64>>> {
         let Self { model, trainable, saved, head, .. } = self;
-        model.forward_saved(pass, trainable.adapter(), saved)?;
         let (adapter, mut full) = match trainable {
             Trainable::Adapter(a) => (Some(a), None),
             Trainable::Full(f) => (None, Some(f)),
         };
-        let losses = model.head(pass, saved, head, target, weights, grad, full.as_deref_mut())?;
+        let losses = model.head_terms(pass, saved, head, terms, grad, full.as_deref_mut())?;
         if grad {
             model.backward(pass, saved, head, adapter, full)?;
         }
@@ -157,13 +182,19 @@ impl<B: Train> Trainer<B> {
             loss += self.cross_entropy(batch, 1.0 / labels as f32, true)?;
             tokens += batch.tokens.len();
         }
-        loss /= labels as f64;
-        if !loss.is_finite() {
+        self.conclude(Report { loss: loss / labels as f64, tokens, labels, ..Report::default() })
+    }
+
+    /// Ends a step: moves the weights by what [`Trainer::accumulate`] gathered.
+    ///
+    /// # Errors
+    /// `Diverged` where loss or gradient is not finite: no weight has changed then, and the gradient is forgotten.
+    pub fn conclude(&mut self, report: Report) -> Result<Report> {
+        if !report.loss.is_finite() {
             self.clear()?;
-            bail!(Diverged, "step {}: the loss is {loss}; lower the learning rate", self.steps() + 1);
+            bail!(Diverged, "step {}: the loss is {}; lower the learning rate", self.steps() + 1, report.loss);
         }
-        let stepped = self.update()?;
-        Ok(Report { loss, tokens, labels, stepped })
+        Ok(Report { stepped: self.update()?, ..report })
     }
 
     /// Mean cross-entropy over the labels of `batches`, nats; nothing is learnt.

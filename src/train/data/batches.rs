@@ -38,6 +38,8 @@ pub struct Batch {
     pub lens: Vec<usize>,
     /// Row whose logits predict, and the token that they should.
     pub labels: Vec<(u32, u32)>,
+    /// Which examples of the data they are; empty where there is no data to number.
+    pub ids: Vec<usize>,
 }
 
 impl Batch {
@@ -183,6 +185,7 @@ impl Iterator for Batches<'_> {
     /// Never `None`.
     fn next(&mut self) -> Option<Batch> {
         let batch = self.order.next()?;
-        Some(Batch::new(batch.into_iter().map(|i| &self.examples[i])))
+        let sequences = Batch::new(batch.iter().map(|&i| &self.examples[i]));
+        Some(Batch { ids: batch, ..sequences })
     }
 }
