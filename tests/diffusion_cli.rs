@@ -146,6 +146,7 @@ fn from_an_autoregressive_model_to_a_distilled_one() {
         (&["--fill", "no mask"], "no mask to fill"),
         (&["--fill", "<mask:x>"], "<mask:x>"),
         (&["--top-k", "3"], "--top-k"),
+        (&["--decoder", "ar"], "masked diffusion model"),
         (&["-n", "0"], "no mask to fill"),
     ] {
         let args: Vec<&str> =
@@ -199,7 +200,10 @@ fn from_an_autoregressive_model_to_a_distilled_one() {
     assert!((p["tokens_per_forward"].as_f64().unwrap() - tokens / passes).abs() < 1e-3);
     let points = measure(&model, "d3llm", &["--thresholds", "0.1,5", "--width", "3"]);
     assert_eq!(points["points"].as_array().unwrap().len(), 2);
-    measure(&tiny, "twin", &[]);
+    let twin = measure(&tiny, "twin", &[]);
+    let p = &twin["points"][0];
+    let (tokens, passes) = (p["tokens"].as_u64().unwrap(), p["forwards"].as_u64().unwrap());
+    assert!((tokens..=tokens + 6).contains(&passes), "a pass a token, and one for each end token: {p}");
     let read: Value = serde_json::from_slice(&fs::read(&table).unwrap()).unwrap();
     assert_eq!(read["dev"].as_object().unwrap().len(), 3);
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
-use super::{diffusion, drafting, out};
+use super::{drafting, out};
 use crate::backend::cpu::{Tier, logits::top_k};
 use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
@@ -14,11 +14,13 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);
     let prompt = prompt_text(args)?;
     let engine = common.engine()?;
-    // A diffusion model is decoded as one unless told otherwise.
-    let diffuse = args.draft.decoder.map_or(engine.config().diffusion.is_some(), |d| d == DecoderFlag::Diffusion);
-    if diffuse {
+    let (diffusion, decoder) = (engine.config().diffusion.is_some(), args.draft.decoder);
+    if diffusion && decoder.is_some_and(|d| d != DecoderFlag::Diffusion) {
+        bail!(Usage, "--decoder: {} is a masked diffusion model, which does not go from left to right", common.model);
+    }
+    if diffusion || decoder == Some(DecoderFlag::Diffusion) {
         let ids = prompt_ids(&engine, args, prompt)?;
-        return diffusion::generate(common, args, &engine, &ids);
+        return super::diffusion::generate(common, args, &engine, &ids);
     }
     let steps = args.draft.steps(&engine)?;
     let draft = if steps.is_none() { args.draft.open(&engine)? } else { None };

@@ -90,12 +90,19 @@ impl<B: Backend> ModelDenoiser<B> {
     /// # Errors
     /// A model that is none of diffusion; no memory.
     pub fn new(model: Arc<Model<B>>, places: usize, length: usize) -> Result<Self> {
+        Self::with_caches(model, places, length, length + 1)
+    }
+
+    /// [`ModelDenoiser::new`] with caches of `capacity` rows: the published decoder's may hold a block twice.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn with_caches(model: Arc<Model<B>>, places: usize, length: usize, capacity: usize) -> Result<Self> {
         let (be, cfg) = (model.backend(), model.config());
         ensure!(cfg.diffusion.is_some(), Usage, "this model has no mask token: it is not a diffusion model");
         ensure!(places > 0 && length > 0, Capacity, "room for {places} texts of {length} positions");
         let rows = (places * length).min(MOST_ROWS.max(length + 1)).max(length + 1);
-        // The published decoder's cache may hold a block twice.
-        let caches = (0..places).map(|_| KvCache::new(be, cfg, 2 * length + 1)).collect::<Result<_>>()?;
+        let caches = (0..places).map(|_| KvCache::new(be, cfg, capacity)).collect::<Result<_>>()?;
         let ws = Workspace::new(be, cfg, rows, rows)?;
         Ok(Self {
             caches,
@@ -143,8 +150,8 @@ impl<B: Backend> ModelDenoiser<B> {
             let mask = match job.text.model().block {
                 Some(block) => {
                     // The row before a block is computed again with it, as the last of the block before.
-                    let lead = usize::from(job.text.model().shift && rows.positions[0] > 0);
-                    Mask::Blocks { block, offset: if lead == 1 { block - 1 } else { 0 } }
+                    let lead = job.text.model().shift && rows.positions[0] > 0;
+                    Mask::Blocks { block, offset: if lead { block - 1 } else { 0 } }
                 }
                 None => Mask::Full,
             };

@@ -1,8 +1,12 @@
 //! Diffusion decoding of the embedded API: texts that are filled, several in a pass.
 
+use std::sync::Arc;
+
 use super::Engine;
-use crate::diffusion::{OnPass, Outcome, Schedule, Settings, decode};
+use crate::backend::Backend;
+use crate::diffusion::{ModelDenoiser, OnPass, Outcome, Schedule, Settings, decode};
 use crate::error::Result;
+use crate::model::Model;
 
 impl Engine {
     /// How this model is best decoded, to be changed at will: the threshold of d3LLM for its kind.
@@ -40,12 +44,10 @@ impl Engine {
 }
 
 /// All texts on a model.
-pub(super) fn run<B: crate::backend::Backend>(
-    model: &std::sync::Arc<crate::model::Model<B>>,
-    texts: &mut [Schedule],
-    on: OnPass<'_>,
-) -> Result<()> {
+pub(super) fn run<B: Backend>(model: &Arc<Model<B>>, texts: &mut [Schedule], on: OnPass<'_>) -> Result<()> {
     let Some(length) = texts.iter().map(|t| t.tokens().len()).max() else { return Ok(()) };
-    let mut denoiser = crate::diffusion::ModelDenoiser::new(model.clone(), texts.len(), length)?;
+    let twice = texts.iter().any(|t| t.settings().authors);
+    let capacity = if twice { 2 * length + 1 } else { length + 1 };
+    let mut denoiser = ModelDenoiser::with_caches(model.clone(), texts.len(), length, capacity)?;
     decode(&mut denoiser, texts, on)
 }

@@ -104,17 +104,18 @@ impl Engine {
             let start = Instant::now();
             let mut session = self.session(task.prompt.len() + tokens, 0)?;
             session.push_ids(&task.prompt)?;
-            let (mut text, mut n) = (String::new(), 0);
+            let (mut text, mut n, mut said) = (String::new(), 0, 0);
             for piece in session.generate(Generate::default().max_tokens(tokens))? {
                 let piece = piece?;
+                said += u64::from(piece.id.is_some());
                 n += usize::from(piece.id.is_some_and(|id| !eos.contains(&id)));
                 text += &piece.text;
             }
             out.seconds += start.elapsed().as_secs_f64();
-            // A pass a token: the first token falls out of the prompt's pass, and the end token takes one too.
-            out.add(right(&text, &task.answer), n, n.max(1) as u64);
-            out.positions += (task.prompt.len() + n) as u64;
-            out.logits += n as u64;
+            // Each token takes a pass, the end token too; the first one's is the prompt's.
+            out.add(right(&text, &task.answer), n, said);
+            out.positions += task.prompt.len() as u64 + said.saturating_sub(1);
+            out.logits += said;
             on();
         }
         Ok(out)
