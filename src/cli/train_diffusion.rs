@@ -63,7 +63,7 @@ pub(super) struct DistillArgs {
     /// Positions of the blocks in which the teacher decodes; default 32.
     #[arg(long)]
     pub teacher_block: Option<usize>,
-    /// The teacher computes its current block only, behind a cache: several times faster, and not quite its own order.
+    /// The teacher computes its current block only, behind a cache: fewer positions, and not quite its own order.
     #[arg(long)]
     pub cached_teacher: bool,
     /// Mask ratio: a bound that rises from the first to the second.

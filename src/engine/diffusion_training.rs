@@ -33,7 +33,7 @@ pub enum Learn {
         likelihood: Option<PathBuf>,
         /// Positions of the blocks in which the teacher decodes; a block-causal model has its own.
         block: usize,
-        /// The teacher computes its current block only, behind a dual cache: several times faster, and not quite its own order.
+        /// The teacher computes its current block only, behind a dual cache: fewer positions, and not quite its own order.
         #[serde(default)]
         cached: bool,
     },
