@@ -9,7 +9,7 @@ use super::flags::Common;
 use super::out;
 use super::train::{StepBar, named, set};
 use crate::engine::continual::{Event, Method, State};
-use crate::engine::{AdaptRun, Lora, Told};
+use crate::engine::{AdaptRun, Adapted, Lora, Told};
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 
 /// Learn tasks one after another and keep them all; results: OUT/adapters with OUT/router.json, or OUT/adapter, in PEFT folders.
@@ -29,9 +29,9 @@ pub(super) struct AdaptArgs {
     #[arg(long)]
     pub resume: bool,
     /// tree: groups of similar tasks share an adapter, a router picks it. Others, for comparison: sequential, isolated, oracle, ewc,
-    /// olora, inflora, anchor, random, paper, released.
-    #[arg(long)]
-    pub method: Option<String>,
+    /// olora, inflora, anchor, random, paper, released. Several, or all, run one after another, each into OUT/METHOD.
+    #[arg(long, value_delimiter = ',')]
+    pub method: Vec<String>,
     /// Times that a task's examples are seen.
     #[arg(long)]
     pub epochs: Option<u64>,
@@ -111,6 +111,7 @@ pub(super) struct AdaptArgs {
 
 pub(super) fn run(common: &Common, a: &AdaptArgs) -> Result<()> {
     let run = settings(common, a)?;
+    let methods = methods(&run, a)?;
     let mut steps = StepBar::new();
     let bar = steps.bar.clone();
     let began = std::time::Instant::now();
@@ -131,46 +132,47 @@ pub(super) fn run(common: &Common, a: &AdaptArgs) -> Result<()> {
         Told::Row(state) => bar.suspend(|| eprintln!("{}", row(state))),
         Told::Saved(step) => tracing::info!("checkpoint of step {step}"),
     };
-    let adapted = run.start(&common.path()?, &a.out, a.resume, common.options()?, &mut on);
+    let all = run.compare(&methods, &common.path()?, &a.out, a.resume, common.options()?, &mut on);
     bar.finish_and_clear();
-    let adapted = adapted?;
+    let all = all?;
+    let wall = out::round(began.elapsed().as_secs_f64(), 3);
     if common.json {
-        let mut json = adapted.json();
+        let mut json = match &all[..] {
+            [one] => one.json(),
+            several => json!({"methods": several.iter().map(Adapted::json).collect::<Vec<_>>()}),
+        };
         json["model"] = json!(common.model);
         json["out"] = json!(a.out);
-        json["wall_s"] = json!(out::round(began.elapsed().as_secs_f64(), 3));
+        json["wall_s"] = json!(wall);
         json["peak_rss_mb"] = json!(out::peak_rss_mb());
         return out::print_json(&json);
     }
-    let (m, s) = (&adapted.measures, &adapted.state);
-    let name = |k: usize| adapted.names[k].clone();
-    if !s.tree.nodes.is_empty() {
-        out::print(&s.tree.text(&name))?;
+    if let [one] = &all[..] {
+        let s = &one.state;
+        out::print(&s.tree.text(&|k| one.names[k].clone()))?;
+        if s.method.routes().is_some() {
+            let to = a.out.join("adapters");
+            out::print(&format!("{} adapters for {} tasks in {}\n", s.members.len(), s.tasks, to.display()))?;
+        }
     }
-    out::print(&format!(
-        "{}: average accuracy {:.1} %, BWT {:+.1} (negative: forgotten), learning accuracy {:.1} %\n",
-        s.method.name(),
-        100.0 * m.average,
-        100.0 * m.bwt,
-        100.0 * m.learning
-    ))?;
-    if s.method.routes().is_some() {
+    // BWT by the usual rule: negative where something was forgotten.
+    out::print("method       average  BWT     learning  adapters  steps   training  search   tests\n")?;
+    for one in &all {
+        let (m, s, t) = (&one.measures, &one.state, &one.seconds);
+        let adapters = if s.method.routes().is_some() { s.members.len() } else { 1 };
         out::print(&format!(
-            "{} adapters for {} tasks in {}\n",
-            s.members.len(),
-            s.tasks,
-            a.out.join("adapters").display()
+            "{:<11} {:6.1} %  {:+6.1}  {:6.1} %  {adapters:8}  {:5}  {:7.1} s  {:6.1} s  {:6.1} s\n",
+            s.method.name(),
+            100.0 * m.average,
+            100.0 * m.bwt,
+            100.0 * m.learning,
+            s.steps,
+            t.training,
+            t.search,
+            t.evaluation
         ))?;
     }
-    let t = &adapted.seconds;
-    eprintln!(
-        "[{} steps; {:.1} s training, {:.1} s search, {:.1} s tests; scores in {}]",
-        s.steps,
-        t.training,
-        t.search,
-        t.evaluation,
-        a.out.join("scores.svg").display()
-    );
+    eprintln!("[{wall:.1} s; BWT negative: forgotten; scores as pictures in {}]", a.out.display());
     Ok(())
 }
 
@@ -202,11 +204,6 @@ fn settings(common: &Common, a: &AdaptArgs) -> Result<AdaptRun> {
     if !a.tasks.is_empty() {
         run.tasks.clone_from(&a.tasks);
     }
-    if let Some(name) = &a.method {
-        let known = Method::named(name);
-        let none = || Error::new(ErrorKind::Usage, format!("--method {name}: there are {}", Method::NAMES.join(", ")));
-        run.method = known.ok_or_else(none)?;
-    }
     set(&mut run.plan.epochs, &a.epochs);
     set(&mut run.plan.batch, &a.batch);
     set(&mut run.plan.stop_loss, &a.stop_loss);
@@ -233,14 +230,21 @@ fn settings(common: &Common, a: &AdaptArgs) -> Result<AdaptRun> {
     run.end &= !a.no_end;
     set(&mut run.rows, &a.rows);
     set(&mut run.save_every, &a.save_every);
-    of_method(&mut run.method, a)?;
     Ok(run)
 }
 
-/// Settings that belong to some methods only; a flag of another one's is refused.
-fn of_method(method: &mut Method, a: &AdaptArgs) -> Result<()> {
-    let name = method.name();
-    let mut given = [
+/// The methods that were asked for, each with the flags that belong to it; a flag that belongs to none is refused.
+fn methods(run: &AdaptRun, a: &AdaptArgs) -> Result<Vec<Method>> {
+    let named = |name: &str| {
+        let none = || Error::new(ErrorKind::Usage, format!("--method {name}: there are {}", Method::NAMES.join(", ")));
+        Method::named(name).ok_or_else(none)
+    };
+    let mut methods: Vec<Method> = match &a.method[..] {
+        [] => vec![run.method.clone()],
+        [all] if all == "all" => Method::NAMES.iter().map(|n| named(n)).collect::<Result<_>>()?,
+        names => names.iter().map(|n| named(n)).collect::<Result<_>>()?,
+    };
+    let given = [
         ("--share", a.share.is_some()),
         ("--gate", a.gate.is_some()),
         ("--probe", a.probe.is_some()),
@@ -249,7 +253,16 @@ fn of_method(method: &mut Method, a: &AdaptArgs) -> Result<()> {
         ("--tau", a.tau.is_some()),
         ("--lambda", a.lambda.is_some()),
     ];
-    let mut used = |flag: &str| given.iter_mut().filter(|g| g.0 == flag).for_each(|g| g.1 = false);
+    let used: Vec<&str> = methods.iter_mut().flat_map(|m| of_method(m, a)).collect();
+    if let Some((flag, _)) = given.iter().find(|(flag, given)| *given && !used.contains(flag)) {
+        let names: Vec<&str> = methods.iter().map(Method::name).collect();
+        bail!(Usage, "{flag} does not belong to the method {}", names.join(", "));
+    }
+    Ok(methods)
+}
+
+/// Sets what belongs to this method; the flags that do.
+fn of_method(method: &mut Method, a: &AdaptArgs) -> Vec<&'static str> {
     match method {
         Method::Tree(t) => {
             set(&mut t.share, &a.share);
@@ -258,29 +271,25 @@ fn of_method(method: &mut Method, a: &AdaptArgs) -> Result<()> {
             set(&mut t.depth, &a.depth);
             set(&mut t.tau, &a.tau);
             t.warm |= a.warm;
-            ["--share", "--gate", "--probe", "--warm", "--depth", "--tau"].iter().for_each(|f| used(f));
+            vec!["--share", "--gate", "--probe", "--warm", "--depth", "--tau"]
         }
         Method::Paper(p) => {
             set(&mut p.depth, &a.depth);
             set(&mut p.tau, &a.tau);
-            ["--depth", "--tau"].iter().for_each(|f| used(f));
+            vec!["--depth", "--tau"]
         }
         Method::Anchor { tau } | Method::Random { tau } => {
             set(tau, &a.tau);
-            used("--tau");
+            vec!["--tau"]
         }
         Method::Ewc { lambda } | Method::Olora { lambda } => {
             set(lambda, &a.lambda.map(|l| l as f32));
-            used("--lambda");
+            vec!["--lambda"]
         }
         Method::Released(r) => {
             set(&mut r.lambda, &a.lambda);
-            used("--lambda");
+            vec!["--lambda"]
         }
-        Method::Sequential | Method::Isolated(_) | Method::Inflora { .. } => {}
+        Method::Sequential | Method::Isolated(_) | Method::Inflora { .. } => Vec::new(),
     }
-    if let Some((flag, _)) = given.iter().find(|g| g.1) {
-        bail!(Usage, "{flag} does not belong to the method {name}");
-    }
-    Ok(())
 }

@@ -8,7 +8,7 @@ use super::learner::{Learner, Moments, Penalty, Sample, Split};
 use crate::backend::{Target, Train, Visible};
 use crate::error::{Result, bail, ensure};
 use crate::model::roles::LayerRole;
-use crate::model::{Adapter, Pass, Term};
+use crate::model::{Adapter, Model, Pass, Term};
 use crate::train::{Trainable, Trainer};
 
 /// A prompt and its answer.
@@ -52,19 +52,53 @@ struct Frozen {
     features: Vec<Vec<f32>>,
 }
 
+/// A stream's tasks in tokens, with what a model's frozen layers gave for them.
+pub struct TextStream {
+    tasks: Vec<TextTask>,
+    labels: Vec<Vec<u32>>,
+    end: u32,
+    trie: Labels,
+    frozen: Vec<[Option<Frozen>; 2]>,
+    /// At the inputs of which layers: where the router looks, and the lowest adapted one, where that is kept.
+    kept_at: [Option<usize>; 2],
+}
+
+impl TextStream {
+    /// `labels` are the tokens of the stream's classes, without the end token `end`.
+    ///
+    /// # Errors
+    /// Labels that cannot be told apart.
+    pub fn new(tasks: Vec<TextTask>, labels: Vec<Vec<u32>>, end: u32) -> Result<Self> {
+        let trie = Labels::new(&labels, end)?;
+        let frozen = tasks.iter().map(|_| [None, None]).collect();
+        Ok(Self { tasks, labels, end, trie, frozen, kept_at: [None, None] })
+    }
+
+    /// Most rows that an example has in a pass.
+    pub fn longest(&self) -> usize {
+        let label = self.labels.iter().map(Vec::len).max().unwrap_or(0);
+        let examples = self.tasks.iter().flat_map(|t| t.examples.iter().flatten());
+        examples.map(|e| e.prompt.len()).max().unwrap_or(0) + label.max(self.trie.rows().len())
+    }
+
+    /// Forgets what frozen layers gave, unless it was for these layers.
+    fn keep_at(&mut self, layers: [Option<usize>; 2]) {
+        if self.kept_at != layers {
+            self.frozen = self.tasks.iter().map(|_| [None, None]).collect();
+            self.kept_at = layers;
+        }
+    }
+}
+
 /// A model with an adapter that trains, and a stream's tasks.
 pub struct Language<B: Train> {
     trainer: Trainer<B>,
     layout: Layout,
     roles: Vec<LayerRole>,
-    tasks: Vec<TextTask>,
-    labels: Vec<Vec<u32>>,
-    end: u32,
-    trie: Labels,
+    stream: TextStream,
     settings: LanguageSettings,
     /// The lowest adapted layer.
     cut: usize,
-    frozen: Vec<[Option<Frozen>; 2]>,
 }
 
 /// The rows of some examples in one pass.
@@ -87,25 +121,12 @@ pub fn adapter_layout<B: Train>(adapter: &Adapter<B>) -> Layout {
     Layout { modules: adapter.places().into_iter().map(module).collect(), len }
 }
 
-/// Most rows that an example of these tasks has in a pass.
-pub fn longest(tasks: &[TextTask], labels: &[Vec<u32>], trie: &Labels) -> usize {
-    let label = labels.iter().map(Vec::len).max().unwrap_or(0);
-    let prompt = tasks.iter().flat_map(|t| t.examples.iter().flatten()).map(|e| e.prompt.len()).max().unwrap_or(0);
-    prompt + label.max(trie.rows().len())
-}
-
 impl<B: Train> Language<B> {
-    /// `labels` are the tokens of the stream's classes, without the end token `end`. The trainer's passes hold the longest example.
+    /// The trainer's passes hold the stream's longest example. What the stream keeps of frozen layers must be this model's.
     ///
     /// # Errors
-    /// A trainer without an adapter that trains; labels that cannot be told apart; a layer for the router that is not there.
-    pub fn new(
-        trainer: Trainer<B>,
-        tasks: Vec<TextTask>,
-        labels: Vec<Vec<u32>>,
-        end: u32,
-        settings: LanguageSettings,
-    ) -> Result<Self> {
+    /// A trainer without an adapter that trains; a layer for the router that is not there.
+    pub fn new(trainer: Trainer<B>, mut stream: TextStream, settings: LanguageSettings) -> Result<Self> {
         let Trainable::Adapter(adapter) = trainer.trainable() else {
             bail!(Usage, "a stream is learnt with an adapter");
         };
@@ -113,9 +134,13 @@ impl<B: Train> Language<B> {
         let (layout, roles) = (adapter_layout(adapter), adapter.places().iter().map(|p| p.spec.role).collect());
         let layers = trainer.model().config().layers;
         ensure!(settings.router_layer <= layers, Usage, "the router's layer {} of {layers}", settings.router_layer);
-        let trie = Labels::new(&labels, end)?;
-        let frozen = tasks.iter().map(|_| [None, None]).collect();
-        Ok(Self { trainer, layout, roles, tasks, labels, end, trie, settings, cut, frozen })
+        stream.keep_at([Some(settings.router_layer), (settings.cache && cut > 0).then_some(cut)]);
+        Ok(Self { trainer, layout, roles, stream, settings, cut })
+    }
+
+    /// The model and the stream, for another adapter.
+    pub fn into_parts(self) -> (Model<B>, TextStream) {
+        (self.trainer.into_parts().0, self.stream)
     }
 
     /// The trainer.
@@ -130,7 +155,7 @@ impl<B: Train> Language<B> {
 
     /// Bytes of the residual streams that are kept.
     pub fn cached_bytes(&self) -> usize {
-        let kept = self.frozen.iter().flatten().flatten();
+        let kept = self.stream.frozen.iter().flatten().flatten();
         kept.flat_map(|f| &f.hidden).map(|h| 4 * h.len()).sum()
     }
 
@@ -139,14 +164,15 @@ impl<B: Train> Language<B> {
     }
 
     fn example(&self, task: usize, split: Split, index: usize) -> &TextExample {
-        &self.tasks[task].examples[split as usize][index]
+        &self.stream.tasks[task].examples[split as usize][index]
     }
 
     /// Rows of an example: those of training have its label behind it, those of a test all beginnings between which labels are
     /// decided.
     fn rows_of(&self, task: usize, split: Split, index: usize) -> usize {
         let e = self.example(task, split, index);
-        e.prompt.len() + if split == Split::Train { self.labels[e.class].len() } else { self.trie.rows().len() }
+        e.prompt.len()
+            + if split == Split::Train { self.stream.labels[e.class].len() } else { self.stream.trie.rows().len() }
     }
 
     fn push(&self, rows: &mut Rows, task: usize, split: Split, index: usize, end: bool) -> Result<()> {
@@ -157,14 +183,14 @@ impl<B: Train> Language<B> {
         (0..prompt).try_for_each(|i| rows.visible.push(&[[first, first + i + 1]]))?;
         let behind = first + prompt;
         if split == Split::Train {
-            let label = &self.labels[e.class];
+            let label = &self.stream.labels[e.class];
             let n = label.len() as u32;
             rows.tokens.extend(label);
             rows.positions.extend(prompt..prompt + n);
             (0..n).try_for_each(|i| rows.visible.push(&[[first, behind + i + 1]]))?;
             rows.wanted.extend(behind - 1..behind + n - u32::from(!end));
         } else {
-            for (token, at, seen) in self.trie.rows() {
+            for (token, at, seen) in self.stream.trie.rows() {
                 rows.tokens.push(token);
                 rows.positions.push(prompt + at);
                 let mut ranges = vec![[first, behind]];
@@ -177,7 +203,7 @@ impl<B: Train> Language<B> {
                 rows.visible.push(&ranges)?;
             }
             let row = |d: Option<u32>| d.map_or(behind - 1, |d| behind + d);
-            rows.wanted.extend(self.trie.deciding().into_iter().map(row));
+            rows.wanted.extend(self.stream.trie.deciding().into_iter().map(row));
         }
         rows.ranges.push(first as usize..rows.tokens.len());
         Ok(())
@@ -206,7 +232,9 @@ impl<B: Train> Language<B> {
             return Ok((pass, ranges));
         }
         self.freeze(task, split)?;
-        let Some(frozen) = &self.frozen[task][split as usize] else { bail!(Usage, "nothing is kept of task {task}") };
+        let Some(frozen) = &self.stream.frozen[task][split as usize] else {
+            bail!(Usage, "nothing is kept of task {task}")
+        };
         let hidden: Vec<f32> = examples.iter().flat_map(|&i| frozen.hidden[i].iter().copied()).collect();
         self.trainer.forward_from(&pass, self.cut, &hidden)?;
         Ok((pass, ranges))
@@ -227,10 +255,10 @@ impl<B: Train> Language<B> {
 
     /// Runs the frozen part of the model over a task's examples, once.
     fn freeze(&mut self, task: usize, split: Split) -> Result<()> {
-        if self.frozen[task][split as usize].is_some() {
+        if self.stream.frozen[task][split as usize].is_some() {
             return Ok(());
         }
-        let (n, d) = (self.tasks[task].examples[split as usize].len(), self.trainer.model().config().hidden);
+        let (n, d) = (self.stream.tasks[task].examples[split as usize].len(), self.trainer.model().config().hidden);
         let all: Vec<usize> = (0..n).collect();
         let mut frozen = Frozen { hidden: Vec::new(), features: Vec::new() };
         for part in self.parts(task, split, &all) {
@@ -246,7 +274,7 @@ impl<B: Train> Language<B> {
                 }
             }
         }
-        self.frozen[task][split as usize] = Some(frozen);
+        self.stream.frozen[task][split as usize] = Some(frozen);
         Ok(())
     }
 
@@ -255,15 +283,15 @@ impl<B: Train> Language<B> {
         let Some(&Sample { task, .. }) = samples.first() else { bail!(Usage, "a step without examples") };
         ensure!(samples.iter().all(|s| s.task == task), Usage, "a step on examples of several tasks");
         let examples: Vec<usize> = samples.iter().map(|s| s.index).collect();
-        let learnt = |i: usize| self.labels[self.example(task, Split::Train, i).class].len() + usize::from(end);
+        let learnt = |i: usize| self.stream.labels[self.example(task, Split::Train, i).class].len() + usize::from(end);
         let total: usize = examples.iter().map(|&i| learnt(i)).sum();
         let mut loss = 0.0;
         for part in self.parts(task, Split::Train, &examples) {
             let examples = &examples[part];
             let mut ids = Vec::new();
             for &i in examples {
-                ids.extend(&self.labels[self.example(task, Split::Train, i).class]);
-                ids.extend(end.then_some(self.end));
+                ids.extend(&self.stream.labels[self.example(task, Split::Train, i).class]);
+                ids.extend(end.then_some(self.stream.end));
             }
             let (pass, _) = self.pass(task, Split::Train, examples, end)?;
             let weights = vec![1.0 / total as f32; ids.len()];
@@ -291,12 +319,12 @@ impl<B: Train> Learner for Language<B> {
     }
 
     fn size(&self, task: usize) -> [usize; 2] {
-        let [train, test] = &self.tasks[task].examples;
+        let [train, test] = &self.stream.tasks[task].examples;
         [train.len(), test.len()]
     }
 
     fn classes(&self, task: usize) -> &[usize] {
-        &self.tasks[task].classes
+        &self.stream.tasks[task].classes
     }
 
     fn truth(&self, task: usize, index: usize) -> usize {
@@ -350,7 +378,7 @@ impl<B: Train> Learner for Language<B> {
     }
 
     fn predict(&mut self, task: usize, examples: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
-        let choices = self.trie.choices();
+        let choices = self.stream.trie.choices();
         let mut predicted = Vec::with_capacity(examples.len());
         for part in self.parts(task, Split::Test, examples) {
             let (pass, _) = self.pass(task, Split::Test, &examples[part], false)?;
@@ -360,7 +388,7 @@ impl<B: Train> Learner for Language<B> {
                 logits.push(tokens.iter().map(|&t| z[t as usize]).collect());
             })?;
             for own in logits.chunks(choices.len()) {
-                let Some(best) = self.trie.best(own, allowed) else { bail!(Usage, "no class is allowed") };
+                let Some(best) = self.stream.trie.best(own, allowed) else { bail!(Usage, "no class is allowed") };
                 predicted.push(best);
             }
         }
@@ -369,7 +397,7 @@ impl<B: Train> Learner for Language<B> {
 
     fn features(&mut self, task: usize, split: Split) -> Result<Vec<Vec<f32>>> {
         self.freeze(task, split)?;
-        Ok(self.frozen[task][split as usize].as_ref().map(|f| f.features.clone()).unwrap_or_default())
+        Ok(self.stream.frozen[task][split as usize].as_ref().map(|f| f.features.clone()).unwrap_or_default())
     }
 
     fn input_products(&mut self, samples: &[Sample]) -> Result<Vec<Vec<f64>>> {

@@ -23,7 +23,7 @@ pub mod tree;
 
 pub use delta::Delta;
 pub use labels::Labels;
-pub use language::{Language, LanguageSettings, TextExample, TextTask};
+pub use language::{Language, LanguageSettings, TextExample, TextStream, TextTask};
 pub use layout::{Layout, Module};
 pub use learner::{Learner, Moments, OnGradient, Penalty, Sample, Split};
 pub use methods::differences;

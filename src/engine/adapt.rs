@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::stream_files::{StreamReading, TaskFile, Tokens, tokens};
+use super::stream_files::{StreamReading, TaskFile, tokens};
 use super::training::{Lora, to_peft};
 use super::{EngineOptions, OnDevice, Texts, on_device};
 use crate::backend::Train;
-use crate::continual::language::{Language, LanguageSettings, longest};
+use crate::continual::language::{Language, LanguageSettings, TextStream};
 use crate::continual::metrics::Measures;
 use crate::continual::picture::{scores_svg, tree_svg};
-use crate::continual::{Event, Labels, Learner, Method, Plan, Router, Seconds, State, Stream};
+use crate::continual::{Event, Learner, Method, Plan, Router, Seconds, State, Stream};
 use crate::error::{Context, Error, ErrorKind, Result, ensure};
 use crate::files::write_file;
 use crate::format::Checkpoint;
@@ -23,6 +23,9 @@ use crate::train::{Checkpoint as Saved, Cursor, Settings, Trainable, Trainer};
 
 /// What a run's folder has for [`Routed`].
 pub(super) const ROUTER: &str = "router.json";
+
+/// Linears whose inputs InfLoRA knows.
+const INFLORA: [&str; 6] = ["q", "k", "v", "q_proj", "k_proj", "v_proj"];
 
 /// A whole run, as `run.json` has it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -123,19 +126,50 @@ impl AdaptRun {
         options: EngineOptions,
         on: &mut dyn FnMut(Told<'_>),
     ) -> Result<Adapted> {
+        let mut all = self.compare(std::slice::from_ref(&self.method), model, out, resume, options, on)?;
+        Ok(all.swap_remove(0))
+    }
+
+    /// The same with each of several methods in turn, on the same examples in the same order. One method's results go to `out`
+    /// itself, those of several to a folder in it for each, by its name. Frozen layers run once for all.
+    ///
+    /// # Errors
+    /// As [`AdaptRun::start`]; no method, or one twice.
+    pub fn compare(
+        &self,
+        methods: &[Method],
+        model: &Path,
+        out: &Path,
+        resume: bool,
+        options: EngineOptions,
+        on: &mut dyn FnMut(Told<'_>),
+    ) -> Result<Vec<Adapted>> {
         let other = options.adapter.is_none();
         ensure!(other, Usage, "--adapter: a stream trains adapters of its own");
-        self.method.validate()?;
-        self.plan.validate()?;
+        ensure!(!methods.is_empty(), Usage, "no method");
         ensure!(self.rows > 0, Usage, "passes of 0 rows");
+        self.plan.validate()?;
+        let mut runs = Vec::new();
+        for (i, method) in methods.iter().enumerate() {
+            method.validate()?;
+            let name = method.name();
+            let twice = methods[..i].iter().any(|m| m.name() == name);
+            ensure!(!twice, Usage, "the method {name} twice");
+            let other = matches!(method, Method::Inflora { .. })
+                && self.lora.targets.iter().any(|t| !INFLORA.contains(&&t[..]));
+            ensure!(!other, Usage, "inflora adapts q, k and v, not {}", self.lora.targets.join(", "));
+            let out = if methods.len() == 1 { out.to_owned() } else { out.join(name) };
+            let saved = Saved::to_resume(&checkpoints(&out), resume)?;
+            runs.push(One { run: Self { method: method.clone(), ..self.clone() }, out, saved });
+        }
         let checkpoint = Checkpoint::open(model)?;
         ensure!(checkpoint.config().diffusion.is_none(), Unsupported, "{}: a diffusion model", model.display());
         let texts = Texts::new(checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let read = |path: &PathBuf| TaskFile::read(path, self.reading.limits);
         let files: Vec<TaskFile> = self.tasks.iter().map(read).collect::<Result<_>>()?;
-        let tokens = tokens(&files, &texts, &self.reading)?;
-        let saved = Saved::to_resume(&checkpoints(out), resume)?;
-        on_device(options, Job { run: self, checkpoint: &checkpoint, tokens, saved, out, on })
+        let names = files.iter().map(|f| f.name.clone()).collect();
+        let stream = tokens(&files, &texts, &self.reading)?;
+        on_device(options, Job { runs, checkpoint: &checkpoint, names, stream, on })
     }
 
     /// The shape of the adapter that trains: where each of `tasks` tasks has ranks of its own, it has all of them.
@@ -150,45 +184,61 @@ impl AdaptRun {
     }
 }
 
-struct Job<'a> {
-    run: &'a AdaptRun,
-    checkpoint: &'a Checkpoint,
-    tokens: Tokens,
+/// A run with one method, its folder, and where it stood.
+struct One {
+    run: AdaptRun,
+    out: PathBuf,
     saved: Option<Saved>,
-    out: &'a Path,
+}
+
+struct Job<'a> {
+    runs: Vec<One>,
+    checkpoint: &'a Checkpoint,
+    names: Vec<String>,
+    stream: TextStream,
     on: &'a mut dyn FnMut(Told<'_>),
 }
 
 impl OnDevice for Job<'_> {
-    type Out = Adapted;
-    fn run<B: Train>(self, be: B, options: &EngineOptions) -> Result<Adapted> {
-        let Self { run, checkpoint, tokens, saved, out, on } = self;
+    type Out = Vec<Adapted>;
+    fn run<B: Train>(self, be: B, options: &EngineOptions) -> Result<Vec<Adapted>> {
+        let Self { runs, checkpoint, names, stream, on } = self;
+        let progress = |done, total| options.progress.iter().for_each(|p| p(done, total));
+        let model = Model::load(std::sync::Arc::new(be), checkpoint, progress).context(|| "weights".into())?;
+        let (mut parts, mut all) = ((model, stream), Vec::new());
+        for one in &runs {
+            let (adapted, model, stream) = one.run(checkpoint, parts.0, parts.1, &names, on)?;
+            parts = (model, stream);
+            all.push(adapted);
+        }
+        Ok(all)
+    }
+}
+
+impl One {
+    fn run<B: Train>(
+        &self,
+        checkpoint: &Checkpoint,
+        model: Model<B>,
+        stream: TextStream,
+        names: &[String],
+        on: &mut dyn FnMut(Told<'_>),
+    ) -> Result<(Adapted, Model<B>, TextStream)> {
+        let Self { run, out, saved } = self;
         let json = serde_json::to_value(run).map_err(|e| Error::with_source(ErrorKind::Config, "settings", e))?;
         std::fs::create_dir_all(out).map_err(|e| Error::io(out.display(), e))?;
         write_file(&out.join("run.json"), |to| Ok(serde_json::to_writer_pretty(to, &json)?))?;
-        let names: Vec<String> = tokens.tasks.iter().map(|t| t.name.clone()).collect();
-        let (lora, count) = (run.shape(names.len()), names.len());
-        let progress = |done, total| options.progress.iter().for_each(|p| p(done, total));
-        let model = Model::load(std::sync::Arc::new(be), checkpoint, progress).context(|| "weights".into())?;
-        let cfg = model.config().clone();
+        let (lora, count, cfg) = (run.shape(names.len()), names.len(), model.config().clone());
         let specs = lora.modules(&cfg)?;
         let mut adapter = Adapter::init(model.backend(), &cfg, &specs, run.plan.seed)?;
         adapter.train(model.backend(), |_| true)?;
-        let places = adapter.places();
-        let cut = adapter.lowest().unwrap_or(0);
+        let (places, cut) = (adapter.places(), adapter.lowest().unwrap_or(0));
         let router_layer = run.router_layer.unwrap_or(if cut > 0 { cut } else { cfg.layers * 2 / 3 });
-        let trie = Labels::new(&tokens.labels, tokens.end)?;
-        let rows = run.rows.max(longest(&tokens.tasks, &tokens.labels, &trie));
-        ensure!(
-            rows <= cfg.context.max(run.rows),
-            Capacity,
-            "an example of {rows} rows; the context is {}",
-            cfg.context
-        );
-        let trainer =
-            Trainer::new(model, Trainable::Adapter(adapter), run.optimizer.clone(), rows, Recompute::Pointwise)?;
+        let rows = run.rows.max(stream.longest());
+        let (trainable, optimizer) = (Trainable::Adapter(adapter), run.optimizer.clone());
+        let trainer = Trainer::new(model, trainable, optimizer, rows, Recompute::Pointwise)?;
         let settings = LanguageSettings { router_layer, cache: run.cache, end: run.end, rows };
-        let mut learner = Language::new(trainer, tokens.tasks, tokens.labels, tokens.end, settings)?;
+        let mut learner = Language::new(trainer, stream, settings)?;
         let mut stream = begin(run, count, &json, saved.as_ref(), &mut learner)?;
         while let Some(event) = stream.advance(&mut learner)? {
             let (task, steps) = (stream.state().reports.len() - 1, stream.state().steps);
@@ -204,7 +254,7 @@ impl OnDevice for Job<'_> {
             }
         }
         let adapted = Adapted {
-            names,
+            names: names.to_vec(),
             measures: stream.state().scores.measures()?,
             seconds: stream.seconds,
             cached_bytes: learner.cached_bytes(),
@@ -216,7 +266,8 @@ impl OnDevice for Job<'_> {
             to_peft(&lora, base.clone(), modules(&places, values), None).write(folder, &cfg)
         };
         adapted.write(out, router_layer, &learner.values()?, &write)?;
-        Ok(adapted)
+        let (model, stream) = learner.into_parts();
+        Ok((adapted, model, stream))
     }
 }
 

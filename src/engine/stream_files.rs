@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::continual::{TextExample, TextTask};
+use crate::continual::{TextExample, TextStream, TextTask};
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::train::data::{Content, Encode, LongRows, Record, for_each_line};
 
@@ -33,13 +33,6 @@ pub(super) struct TaskFile {
     labels: Vec<String>,
     /// Line, prompt and label of the training and test rows.
     rows: [Vec<(usize, String, String)>; 2],
-}
-
-/// The tokens of a stream: its tasks, and its classes over all of them.
-pub(super) struct Tokens {
-    pub tasks: Vec<TextTask>,
-    pub labels: Vec<Vec<u32>>,
-    pub end: u32,
 }
 
 impl TaskFile {
@@ -100,7 +93,7 @@ impl TaskFile {
 ///
 /// # Errors
 /// Two tasks of one name; a prompt without tokens, or longer than allowed; labels without tokens.
-pub(super) fn tokens(files: &[TaskFile], encode: &dyn Encode, reading: &StreamReading) -> Result<Tokens> {
+pub(super) fn tokens(files: &[TaskFile], encode: &dyn Encode, reading: &StreamReading) -> Result<TextStream> {
     ensure!(!files.is_empty(), Usage, "a stream without a task");
     for (i, f) in files.iter().enumerate() {
         let twice = files[..i].iter().any(|o| o.name == f.name);
@@ -143,5 +136,5 @@ pub(super) fn tokens(files: &[TaskFile], encode: &dyn Encode, reading: &StreamRe
         bail!(Usage, "the label {:?} has no token", classes[i]);
     }
     let Some(&end) = encode.ends().first() else { bail!(Tokenizer, "this model has no end token") };
-    Ok(Tokens { tasks, labels, end })
+    TextStream::new(tasks, labels, end)
 }

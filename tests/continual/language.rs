@@ -3,13 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::common;
 use quadriga::backend::Train;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::continual::language::{Language, LanguageSettings, TextExample, TextTask, adapter_layout, longest};
-use quadriga::continual::{
-    Grouped, Labels, Learner, Method, Paper, Plan, Released, Route, Sample, Split, State, Stream,
-};
+use quadriga::continual::language::{Language, LanguageSettings, TextExample, TextStream, TextTask, adapter_layout};
+use quadriga::continual::{Grouped, Learner, Method, Paper, Plan, Released, Route, Sample, Split, State, Stream};
 use quadriga::format::Checkpoint;
 use quadriga::model::lora::ModuleSpec;
 use quadriga::model::roles::LayerRole;
@@ -49,11 +48,11 @@ fn learner<B: Train>(be: B, ranks: usize, top: usize, settings: LanguageSettings
         .collect();
     let mut adapter = Adapter::init(model.backend(), &cfg, &specs, 1).unwrap();
     adapter.train(model.backend(), |_| true).unwrap();
-    let trie = Labels::new(&labels, END).unwrap();
-    let rows = settings.rows.max(longest(&tasks, &labels, &trie));
+    let stream = TextStream::new(tasks, labels, END).unwrap();
+    let rows = settings.rows.max(stream.longest());
     let optimizer = Settings { lr: 1e-2, ..Settings::default() };
     let trainer = Trainer::new(model, Trainable::Adapter(adapter), optimizer, rows, Recompute::Pointwise).unwrap();
-    Language::new(trainer, tasks, labels, END, settings).unwrap()
+    Language::new(trainer, stream, settings).unwrap()
 }
 
 fn settings() -> LanguageSettings {
@@ -265,5 +264,30 @@ fn places_are_where_values_are() {
     for (m, values) in layout.modules.iter().zip(adapter.to_host(&be).unwrap()) {
         assert_eq!(flat[m.a.clone()], values.a, "{}", m.name);
         assert_eq!(flat[m.b.clone()], values.b, "{}", m.name);
+    }
+}
+
+#[test]
+fn streams_on_cuda_give_the_scores_of_the_cpu() {
+    for method in [
+        Method::Tree(Grouped { tau: 0.1, share: 0.9, ..Grouped::default() }),
+        Method::Anchor { tau: 0.3 },
+        Method::Olora { lambda: 0.5 },
+    ] {
+        let Some(gpu) = common::gpu() else { return };
+        let plan = Plan { epochs: 2, batch: 8, ..plan() };
+        let ranks = if method.blocks() { 6 } else { 2 };
+        let mut here = learner(cpu(), ranks, 1, settings());
+        let mut there = learner(gpu, ranks, 1, settings());
+        let (a, b) = (run(&mut here, method.clone(), plan.clone()), run(&mut there, method.clone(), plan));
+        assert_eq!(a.members.len(), b.members.len(), "{method:?}");
+        // Operands of products are bf16 there: one of the ten test examples of a cell may fall on the other side.
+        for (x, y) in a.scores.rows.iter().flatten().zip(b.scores.rows.iter().flatten()) {
+            assert!((x - y).abs() < 0.11, "{method:?}: {:?} {:?}", a.scores, b.scores);
+        }
+        for (x, y) in a.reports.iter().flat_map(|r| &r.losses).zip(b.reports.iter().flat_map(|r| &r.losses)) {
+            assert!((x - y).abs() < 0.05 * x.abs().max(1.0), "{method:?}: loss {x} {y}");
+        }
+        assert!(b.reports[1].penalty > 0.0, "{method:?}");
     }
 }
