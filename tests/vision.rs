@@ -333,6 +333,24 @@ fn images_are_independent_and_truncation_exact() {
     let kept: Vec<_> = whole.into_iter().filter(|p| !p.name.starts_with("layers.0")).collect();
     assert!(kept.len() < together.params().count() && kept == part);
 
+    // Some of the model's own tensors: the same gradients as if all trained.
+    let mut full = trainer(be.clone(), "tiny-vit-hf", Trains::All, false, 3);
+    let (_, whole) = full.gradient(&ex, &[]).unwrap();
+    let some: [fn(&str) -> bool; 4] = [
+        |n| n.starts_with("blocks.1.norm1"),
+        |n| n.starts_with("blocks.1.mlp") || n.starts_with("norm"),
+        |n| n.starts_with("norm"),
+        |n| n == "class" || n == "patch.b",
+    ];
+    for some in some {
+        let (vit, mut masters) = Vit::load(be.clone(), &open("tiny-vit-hf"), Trains::All).unwrap();
+        masters.train(&*be, |role| some(&role.to_string())).unwrap();
+        let mut t = VisionTrainer::new(vit, masters, None, settings(), 3).unwrap();
+        let (_, part) = t.gradient(&ex, &[]).unwrap();
+        let kept: Vec<_> = whole.iter().filter(|p| some(&p.name)).cloned().collect();
+        assert!(!part.is_empty() && part == kept, "{:?}", part.iter().map(|p| &p.name).collect::<Vec<_>>());
+    }
+
     // Without an adapter only the head has a gradient.
     let mut head = trainer(be, "tiny-vit-hf", Trains::Head, false, 3);
     let names: Vec<String> = head.gradient(&ex, &[]).unwrap().1.into_iter().map(|p| p.name).collect();
@@ -444,4 +462,33 @@ fn damaged_folders_are_refused() {
     assert!(e.contains("model.safetensors"), "{e}");
     let timm = VitFolder::open(&folder("tiny-vit-timm"), VitOptions::default()).unwrap();
     assert_eq!(timm.normalization(), Some(&[vec![0.5], vec![0.5]]));
+}
+
+/// Bytes that mean something else are refused or read, and nothing worse.
+#[test]
+fn no_damage_to_a_folder_is_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(11);
+    for name in ["tiny-vit-timm", "tiny-dinov2"] {
+        let [config, model] =
+            ["config.json", "model.safetensors"].map(|f| std::fs::read(folder(name).join(f)).unwrap());
+        let header = 8 + u64::from_le_bytes(*model.first_chunk().unwrap()) as usize;
+        let write = |file: &str, bytes: &[u8]| std::fs::write(dir.path().join(file), bytes).unwrap();
+        write("model.safetensors", &model);
+        let options = VitOptions { image: Some([24, 20]), classes: Some(3) };
+        for i in 0..600 {
+            let (file, whole, end) =
+                if i % 3 > 0 { ("config.json", &config, config.len()) } else { ("model.safetensors", &model, header) };
+            let mut bytes = whole.clone();
+            for _ in 0..1 + i % 2 {
+                bytes[rng.below(end)] = b"0123456789-.,[]{}\"en\0\xff"[rng.below(22)];
+            }
+            write("config.json", &config);
+            write(file, &bytes);
+            if let Ok(source) = VitFolder::open(dir.path(), options) {
+                VitRole::all(source.config()).for_each(|role| drop(source.values(role)));
+            }
+            write("model.safetensors", &model);
+        }
+    }
 }

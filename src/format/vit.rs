@@ -243,16 +243,19 @@ fn timm_config(top: &Map<String, Value>, tensors: &Shards) -> Result<VitConfig> 
     };
     ensure!(patch == wide && patch > 0, Unsupported, "patches of {patch}x{wide}");
     let given = f.object("model_args")?.map(|m| m.size("num_heads")).transpose()?.flatten();
+    // These look like others and compute something else.
+    let other = ["quickgelu", "siglip"].into_iter().find(|part| architecture.contains(part));
+    ensure!(
+        other.is_none(),
+        Unsupported,
+        "architecture {architecture:?}: its MLPs may have another activation than GELU"
+    );
     // Heads are 64 wide in timm's ViTs but for the largest.
-    let width = |name: &str| match () {
-        () if name.contains("_huge") || name.contains("_so400m") => 80,
-        () if name.contains("_giant") => 88,
-        () if name.contains("_gigantic") => 104,
-        () => 64,
-    };
+    let widths = [("_huge", 80), ("_giant", 88), ("_gigantic", 104), ("_so400m", 72)];
+    let width = widths.into_iter().find(|(size, _)| architecture.contains(size)).map_or(64, |(_, width)| width);
     let heads = match given {
         Some(n) => n,
-        None if hidden % width(architecture) == 0 => hidden / width(architecture),
+        None if hidden.is_multiple_of(width) => hidden / width,
         None => bail!(Config, "architecture {architecture:?} does not tell how many heads {hidden} columns have"),
     };
     let blocks = (0..).take_while(|i| tensors.entry(&format!("blocks.{i}.norm1.weight")).is_some()).count();
@@ -264,7 +267,7 @@ fn timm_config(top: &Map<String, Value>, tensors: &Shards) -> Result<VitConfig> 
         other => bail!(Weights, "tensor pos_embed is {other:?}"),
     };
     let side = |patches: usize| (0..=patches).find(|s| s * s >= patches).filter(|s| s * s == patches && patches > 0);
-    let side = side(rows - usize::from(class_token)).or_else(|| side(rows));
+    let side = side(rows.saturating_sub(usize::from(class_token))).or_else(|| side(rows));
     let Some(side) = side else { bail!(Unsupported, "pos_embed has {rows} rows, which are no square of patches") };
     let pool = match f.str("global_pool")?.unwrap_or("token") {
         "token" => Pool::Class,
@@ -278,7 +281,7 @@ fn timm_config(top: &Map<String, Value>, tensors: &Shards) -> Result<VitConfig> 
         pool,
         qkv_bias: has("blocks.0.attn.qkv.bias"),
         layer_scale: has("blocks.0.ls1.gamma"),
-        ..VitConfig::new(side * patch, patch, hidden, blocks, heads, 1)
+        ..VitConfig::new(side.saturating_mul(patch), patch, hidden, blocks, heads, 1)
     })
 }
 

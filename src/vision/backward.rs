@@ -42,12 +42,9 @@ impl<B: Train> Vit<B> {
         if let Some(db) = masters.grad(VitRole::HeadBias) {
             be.column_sums(db, dz)?;
         }
-        let full = masters.get(VitRole::Patch).is_some();
-        let lowest = match adapter.as_ref().and_then(|a| a.lowest()) {
-            _ if full => 0,
-            Some(lowest) => lowest,
-            None => return Ok(()),
-        };
+        let of_adapter = adapter.as_ref().and_then(|a| a.lowest());
+        let Some(lowest) = masters.lowest(cfg.blocks).into_iter().chain(of_adapter).min() else { return Ok(()) };
+        let embedding = masters.embedding_trains();
         ensure!(lowest >= saved.lowest, Shape, "block {lowest} trains; blocks below {} are not kept", saved.lowest);
         let room = &mut saved.room;
         be.linear_bwd_x(room.dout.head_mut(each), dz, &self.head.w, Write::Set)?;
@@ -68,9 +65,12 @@ impl<B: Train> Vit<B> {
             }
         }
         for i in (lowest..cfg.blocks).rev() {
-            self.block_backward(i, saved, masters, adapter.as_deref_mut(), i == lowest && !full)?;
+            let norm =
+                [BlockRole::Norm1, BlockRole::Norm1Bias].into_iter().any(|r| masters.trains(VitRole::Block(i, r)));
+            let last = i == lowest && !embedding && !norm;
+            self.block_backward(i, saved, masters, adapter.as_deref_mut(), last)?;
         }
-        if full { self.embedding_backward(saved, masters) } else { Ok(()) }
+        if embedding { self.embedding_backward(saved, masters) } else { Ok(()) }
     }
 
     /// Gradients of the patch embedding, the class token and the positions from that of the first block's input.

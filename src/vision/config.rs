@@ -58,7 +58,7 @@ impl VitConfig {
             hidden,
             blocks,
             heads,
-            mlp: 4 * hidden,
+            mlp: hidden.saturating_mul(4),
             eps: 1e-6,
             class_token: true,
             pool: Pool::Class,

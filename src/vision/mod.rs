@@ -4,8 +4,13 @@
 //! `format::vit` or fresh. LoRA is that of decoders ([`Adapter`](crate::model::Adapter)) on q, k, v, o and the two
 //! linears of the MLP. `docs/vision.md` says what is computed and how it is tested.
 
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/vision.md")]
+struct Guide;
+
 mod backward;
 pub mod config;
+pub mod files;
 mod forward;
 pub mod images;
 pub mod positions;

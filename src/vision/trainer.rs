@@ -97,12 +97,12 @@ pub struct VisionTrainer<B: Train> {
     masters: Masters<B>,
     adapter: Option<Adapter<B>>,
     optimizer: Optimizer<B>,
-    settings: Settings,
     saved: VitSaved<B>,
 }
 
 impl<B: Train> VisionTrainer<B> {
-    /// Passes of up to `images` images. An adapter trains where it has gradients ([`Adapter::train`]).
+    /// Passes of up to `images` images. Masters and adapter train where they have gradients ([`Masters::train`],
+    /// [`Adapter::train`]).
     ///
     /// # Errors
     /// Impossible settings; no memory.
@@ -114,15 +114,11 @@ impl<B: Train> VisionTrainer<B> {
         images: usize,
     ) -> Result<Self> {
         let be = vit.backend();
-        let full = masters.params().count() > 2;
-        let lowest = match &adapter {
-            _ if full => 0,
-            Some(a) => a.lowest().unwrap_or(vit.cfg.blocks),
-            None => vit.cfg.blocks,
-        };
+        let of_adapter = adapter.as_ref().and_then(|a| a.lowest());
+        let lowest = masters.lowest(vit.cfg.blocks).into_iter().chain(of_adapter).min().unwrap_or(vit.cfg.blocks);
         let saved = VitSaved::new(be, &vit.cfg, images, adapter.as_ref(), lowest)?;
-        let optimizer = Optimizer::new(be, settings.clone(), params(&masters, &adapter))?;
-        Ok(Self { vit, masters, adapter, optimizer, settings, saved })
+        let optimizer = Optimizer::new(be, settings, params(&masters, &adapter))?;
+        Ok(Self { vit, masters, adapter, optimizer, saved })
     }
 
     /// The model.
@@ -265,13 +261,17 @@ impl<B: Train> VisionTrainer<B> {
         self.optimizer.steps()
     }
 
+    /// The optimiser's settings.
+    pub fn settings(&self) -> &Settings {
+        self.optimizer.settings()
+    }
+
     /// Begins the optimiser anew, as between tasks: states 0, first step next.
     ///
     /// # Errors
-    /// No memory.
-    pub fn reset_optimizer(&mut self) -> Result<()> {
-        self.optimizer =
-            Optimizer::new(self.vit.backend(), self.settings.clone(), params(&self.masters, &self.adapter))?;
+    /// Impossible settings; no memory.
+    pub fn reset_optimizer(&mut self, settings: Settings) -> Result<()> {
+        self.optimizer = Optimizer::new(self.vit.backend(), settings, params(&self.masters, &self.adapter))?;
         Ok(())
     }
 

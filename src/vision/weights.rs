@@ -67,6 +67,36 @@ impl<B: Train> Masters<B> {
         p.g.as_mut().map(|g| g.head_mut(n))
     }
 
+    /// Lets tensors train or not: gradients exist only where they do, and a backward pass ends at the lowest of them.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn train(&mut self, be: &B, which: impl Fn(VitRole) -> bool) -> Result<()> {
+        self.params.iter_mut().try_for_each(|(role, p)| p.train(be, which(*role)))
+    }
+
+    /// Whether `role` has a gradient.
+    pub(super) fn trains(&self, role: VitRole) -> bool {
+        self.get(role).is_some_and(|p| p.g.is_some())
+    }
+
+    /// How far down a backward pass has to go: to this block, `blocks` where only the last norm trains. `None`: no further than the head.
+    pub(super) fn lowest(&self, blocks: usize) -> Option<usize> {
+        let place = |role: &VitRole| match *role {
+            VitRole::Head | VitRole::HeadBias => None,
+            VitRole::Norm | VitRole::NormBias => Some(blocks),
+            VitRole::Block(i, _) => Some(i),
+            _ => Some(0),
+        };
+        self.params.iter().filter(|(_, p)| p.g.is_some()).filter_map(|(r, _)| place(r)).min()
+    }
+
+    /// Whether anything below the first block trains.
+    pub(super) fn embedding_trains(&self) -> bool {
+        use VitRole::*;
+        [Patch, PatchBias, ClassToken, Positions].into_iter().any(|r| self.trains(r))
+    }
+
     /// Every tensor, in a fixed order.
     pub fn params(&self) -> impl Iterator<Item = (VitRole, &Param<B>)> {
         self.params.iter().map(|(r, p)| (*r, p))

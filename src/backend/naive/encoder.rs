@@ -93,15 +93,15 @@ pub(super) fn add_scaled_bwd(dx: &mut [f64], mut dw: Option<&mut [f64]>, dy: &[f
 mod tests {
     use super::normal_cdf;
 
-    /// Values of mpmath 1.3.0's `ncdf` to 17 digits.
+    /// Values of mpmath 1.3.0's `ncdf`.
     #[test]
     fn the_distribution_function_is_right_to_the_last_bits() {
         let known = [
             (0.0, 0.5),
             (0.5, 0.691_462_461_274_013_1),
             (-1.0, 0.158_655_253_931_457_05),
-            (2.5, 0.993_790_334_674_223_9),
-            (-5.0, 2.866_515_718_791_939_1e-7),
+            (2.5, 0.993_790_334_674_224),
+            (-5.0, 2.866_515_718_791_939e-7),
         ];
         for (x, want) in known {
             let got = normal_cdf(x);
