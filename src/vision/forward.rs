@@ -11,7 +11,7 @@ use crate::model::lora::{Site, SiteAdapter};
 use crate::model::roles::LayerRole;
 
 impl<B: Train> Vit<B> {
-    /// Runs images, with `adapter` on top of the weights. `saved` then holds what [`Vit::logits`] and [`Vit::backward`] read.
+    /// Runs images, with `adapter` on top of the weights. `saved` then holds what logits and the backward pass read.
     ///
     /// # Errors
     /// Images of another size than the model's; more than planned; the device's errors.
@@ -113,7 +113,7 @@ impl<B: Train> Vit<B> {
         be.embed_bwd(pooled.head_mut(n), room.patches.head(patches), &pass.image, share)
     }
 
-    /// Logits of the last pass, `[images, classes]`, into `saved.logits`; those of classes that are not `allowed` are -inf.
+    /// Logits of the last pass, `[images, classes]`, into `saved.logits`; those of `forbidden` classes are -inf.
     pub(super) fn logits(&self, forbidden: &[u32], saved: &mut VitSaved<B>) -> Result<()> {
         let (be, cfg) = (&*self.be, &self.cfg);
         let (n, v) = (saved.pass.images * cfg.hidden, saved.pass.images * cfg.classes);
