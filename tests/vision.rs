@@ -194,11 +194,7 @@ fn check<B: Train>(be: Arc<B>, name: &str, tolerance: f64, grads: f64) {
         let (module, side) = key.rsplit_once('.').unwrap();
         let (layer, role) = role(module);
         let m = modules.iter().find(|m| (m.spec.layer, m.spec.role) == (layer, role)).unwrap();
-        let of = |name: &str| &gradient.iter().find(|p| p.name == name).unwrap().values;
-        let values = match side {
-            "a" => &of(&m.a)[m.a_row * m.input..][..m.spec.rank * m.input],
-            _ => &of(&m.b)[..],
-        };
+        let values = if side == "a" { m.a_of(&gradient) } else { m.b_of(&gradient) }.unwrap();
         recorded(&format!("{name}: {key}"), values, record, grads);
         compared += 1;
     }
@@ -382,6 +378,24 @@ fn classes_that_are_not_allowed_are_out_of_it() {
     says(t.set_values([("head.b", &[0.0][..])]).unwrap_err(), "head.b: 1 values for [1, 5]");
 }
 
+#[test]
+fn fresh_weights_are_the_seeds() {
+    let values = |seed, role| Fresh::new(small(false), seed).unwrap().values(role).unwrap();
+    let c = small(false);
+    for role in VitRole::all(&c) {
+        let (v, [rows, cols]) = (values(1, role), role.shape(&c).unwrap());
+        assert_eq!((v.len(), &v), (rows * cols, &values(1, role)), "{role}");
+        let (mean, most) = (v.iter().sum::<f32>() / v.len() as f32, v.iter().fold(0.0f32, |m, x| m.max(x.abs())));
+        let random = v.iter().any(|x| *x != v[0]);
+        assert_eq!(random, values(2, role) != v, "{role}");
+        assert_eq!(random, role.is_matrix() && role != VitRole::Head || role == VitRole::Positions, "{role}");
+        if random {
+            let bound = if role == VitRole::Positions { 0.04 } else { 2.0 * (6.0 / (rows + cols) as f32).sqrt() };
+            assert!(mean.abs() < most / 2.0 && most < bound && most > bound / 8.0, "{role}: {mean}, {most}");
+        }
+    }
+}
+
 /// A fresh model learns three images by heart, is written, read again, and still knows them.
 #[test]
 fn a_model_is_trained_written_and_read() {
@@ -410,85 +424,4 @@ fn a_model_is_trained_written_and_read() {
     let mut read = VisionTrainer::new(vit, masters, None, settings(), 4).unwrap();
     let (a, b) = (t.logits(&ex.images, &[]).unwrap(), read.logits(&ex.images, &[]).unwrap());
     close("read again", &wide(&b), &wide(&a), 1e-5);
-}
-
-/// What is wrong with a folder is said by file and tensor.
-#[test]
-fn damaged_folders_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let make = |from: &str, config: &dyn Fn(&mut Value)| {
-        let path = dir.path().join("model");
-        std::fs::create_dir_all(&path).unwrap();
-        std::fs::copy(folder(from).join("model.safetensors"), path.join("model.safetensors")).unwrap();
-        let mut c: Value =
-            serde_json::from_str(&std::fs::read_to_string(folder(from).join("config.json")).unwrap()).unwrap();
-        config(&mut c);
-        std::fs::write(path.join("config.json"), c.to_string()).unwrap();
-        path
-    };
-    let refused = |from: &str, config: &dyn Fn(&mut Value), says: &[&str]| {
-        let e = VitFolder::open(&make(from, config), VitOptions::default()).err().unwrap().to_string();
-        assert!(says.iter().all(|s| e.contains(s)), "{e}");
-    };
-    refused("tiny-vit-hf", &|c| c["hidden_act"] = "gelu_new".into(), &["config.json", "hidden_act \"gelu_new\""]);
-    refused("tiny-vit-hf", &|c| c["model_type"] = "swin".into(), &["config.json", "\"swin\""]);
-    refused("tiny-vit-hf", &|c| c["image_size"] = 18.into(), &["18 pixels cannot be cut into patches of 4"]);
-    refused(
-        "tiny-vit-hf",
-        &|c| c["image_size"] = 20.into(),
-        &["model", "position_embeddings is [1, 17, 32], expected [26, 32]"],
-    );
-    refused(
-        "tiny-vit-hf",
-        &|c| c["num_hidden_layers"] = 3.into(),
-        &["vit.encoder.layer.2.layernorm_before.weight is missing"],
-    );
-    refused("tiny-vit-hf", &|c| c["num_hidden_layers"] = 1.into(), &["vit.encoder.layer.1", "is not part of a model"]);
-    refused(
-        "tiny-vit-hf",
-        &|c| c["intermediate_size"] = 63.into(),
-        &["intermediate.dense.weight is [64, 32], expected [63, 32]"],
-    );
-    refused("tiny-vit-timm", &|c| c["global_pool"] = "map".into(), &["global_pool \"map\""]);
-    refused("tiny-vit-timm", &|c| c["architecture"] = "resnet50".into(), &["\"resnet50\""]);
-    refused("tiny-vit-timm", &|c| c["model_args"]["num_heads"] = 5.into(), &["5 heads do not divide"]);
-    refused("tiny-vit-timm", &|c| c["model_args"]["num_heads"] = Value::Null, &["does not tell how many heads"]);
-    refused("tiny-dinov2", &|_| (), &["no head is there; ask for a new one"]);
-    refused("tiny-dinov2", &|c| c["use_swiglu_ffn"] = true.into(), &["gated MLP"]);
-    let path = make("tiny-vit-hf", &|_| ());
-    let whole = std::fs::read(path.join("model.safetensors")).unwrap();
-    std::fs::write(path.join("model.safetensors"), &whole[..whole.len() - 9]).unwrap();
-    let e = VitFolder::open(&path, VitOptions::default()).err().unwrap().to_string();
-    assert!(e.contains("model.safetensors"), "{e}");
-    let timm = VitFolder::open(&folder("tiny-vit-timm"), VitOptions::default()).unwrap();
-    assert_eq!(timm.normalization(), Some(&[vec![0.5], vec![0.5]]));
-}
-
-/// Bytes that mean something else are refused or read, and nothing worse.
-#[test]
-fn no_damage_to_a_folder_is_a_panic() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut rng = Rng::new(11);
-    for name in ["tiny-vit-timm", "tiny-dinov2"] {
-        let [config, model] =
-            ["config.json", "model.safetensors"].map(|f| std::fs::read(folder(name).join(f)).unwrap());
-        let header = 8 + u64::from_le_bytes(*model.first_chunk().unwrap()) as usize;
-        let write = |file: &str, bytes: &[u8]| std::fs::write(dir.path().join(file), bytes).unwrap();
-        write("model.safetensors", &model);
-        let options = VitOptions { image: Some([24, 20]), classes: Some(3) };
-        for i in 0..600 {
-            let (file, whole, end) =
-                if i % 3 > 0 { ("config.json", &config, config.len()) } else { ("model.safetensors", &model, header) };
-            let mut bytes = whole.clone();
-            for _ in 0..1 + i % 2 {
-                bytes[rng.below(end)] = b"0123456789-.,[]{}\"en\0\xff"[rng.below(22)];
-            }
-            write("config.json", &config);
-            write(file, &bytes);
-            if let Ok(source) = VitFolder::open(dir.path(), options) {
-                VitRole::all(source.config()).for_each(|role| drop(source.values(role)));
-            }
-            write("model.safetensors", &model);
-        }
-    }
 }

@@ -56,9 +56,9 @@ pub struct LoraModule {
     /// Which linear of which block; fc1 is [`Up`](crate::model::roles::LayerRole::Up), fc2 is
     /// [`Down`](crate::model::roles::LayerRole::Down).
     pub spec: ModuleSpec,
-    /// Inputs and outputs of the linear.
+    /// Inputs of the linear.
     pub input: usize,
-    /// Outputs.
+    /// Its outputs.
     pub output: usize,
     /// Parameter that holds A `[rank, input]`, in its rows `a_row ..`.
     pub a: String,
@@ -66,6 +66,19 @@ pub struct LoraModule {
     pub a_row: usize,
     /// Parameter that is B `[output, rank]`.
     pub b: String,
+}
+
+impl LoraModule {
+    /// A, or its gradient, among what [`VisionTrainer::values`] or [`VisionTrainer::gradient`] gave.
+    pub fn a_of<'v>(&self, all: &'v [NamedValues]) -> Option<&'v [f32]> {
+        let p = all.iter().find(|p| p.name == self.a)?;
+        p.values.get(self.a_row * self.input..(self.a_row + self.spec.rank) * self.input)
+    }
+
+    /// B alike.
+    pub fn b_of<'v>(&self, all: &'v [NamedValues]) -> Option<&'v [f32]> {
+        all.iter().find(|p| p.name == self.b).map(|p| &p.values[..])
+    }
 }
 
 /// How well labels were predicted.

@@ -265,8 +265,9 @@ pub(super) fn all<B: Backend>(v: &Vector<B>) -> In<'_, B, B::Acc> {
     v.head(v.len())
 }
 
-/// Weights to begin a training from: matrices, class token and positions normal with deviation 0.02, cut off at two deviations, as ViTs
-/// begin (arXiv:2010.11929, in its authors' code); norms 1; LayerScale 1e-5 as in its paper; biases and head 0.
+/// Weights to begin a training from, as those of arXiv:2010.11929 began in its authors' code: linears uniform in +-sqrt(6 / (in + out)), the
+/// patch embedding normal with deviation 1 / sqrt(in) and positions with 0.02, both cut off at two deviations; norms 1; class token,
+/// biases and head 0. LayerScale begins as 1e-5, as in its paper.
 pub struct Fresh {
     cfg: VitConfig,
     seed: u64,
@@ -295,7 +296,7 @@ impl VitSource for Fresh {
             VitRole::Norm | VitRole::Block(_, Norm1 | Norm2) => Some(1.0),
             VitRole::Block(_, Scale1 | Scale2) => Some(1e-5),
             VitRole::Head => Some(0.0),
-            VitRole::ClassToken | VitRole::Positions => None,
+            VitRole::Positions => None,
             r => (!r.is_matrix()).then_some(0.0),
         };
         if let Some(c) = constant {
@@ -304,10 +305,18 @@ impl VitSource for Fresh {
         // One stream for each tensor: the others do not change what it begins as.
         let place = VitRole::all(&self.cfg).position(|r| r == role).unwrap_or(0);
         let mut rng = Rng::stream(self.seed, place as u64);
+        let deviation = match role {
+            VitRole::Positions => 0.02,
+            VitRole::Patch => (cols as f32).powf(-0.5),
+            _ => {
+                let bound = (6.0 / (rows + cols) as f32).sqrt();
+                return Ok((0..n).map(|_| bound * (2.0 * rng.uniform() - 1.0)).collect());
+            }
+        };
         let mut cut = || loop {
             let x = rng.normal();
             if x.abs() <= 2.0 {
-                return 0.02 * x;
+                return deviation * x;
             }
         };
         Ok((0..n).map(|_| cut()).collect())
