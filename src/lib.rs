@@ -10,6 +10,7 @@ struct Readme;
 pub mod backend;
 pub mod bench;
 pub mod cli;
+pub mod continual;
 pub mod decode;
 pub mod diffusion;
 pub mod dtype;

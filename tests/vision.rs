@@ -77,7 +77,8 @@ fn trainer<B: Train>(be: Arc<B>, name: &str, trains: Trains, lora: bool, images:
     let mut t = VisionTrainer::new(vit, masters, adapter, settings(), images).unwrap();
     if name == "tiny-dinov2" {
         let (w, b) = (formula(4 * 32, 53, 5, 97, 97.0, 0.5), formula(4, 29, 3, 31, 31.0, 0.5));
-        t.set_values([("head.w", &w[..]), ("head.b", &b[..])]).unwrap();
+        t.set("head.w", &w).unwrap();
+        t.set("head.b", &b).unwrap();
     }
     t
 }
@@ -169,7 +170,7 @@ fn check<B: Train>(be: Arc<B>, name: &str, tolerance: f64, grads: f64) {
     let features = wide(&t.features(&ex.images).unwrap());
     close(&format!("{name}: features"), &features, &numbers(&g["features"]), tolerance);
     for (i, want) in g["hidden"].as_array().unwrap().iter().enumerate() {
-        let got = wide(&t.features_behind(&ex.images, i).unwrap());
+        let got = wide(&t.features_behind(&ex.images, i, false).unwrap());
         close(&format!("{name}: behind {i} blocks"), &got[..32], &numbers(want), tolerance);
     }
     let all = t.evaluate(&ex, &[]).unwrap().loss;
@@ -178,27 +179,27 @@ fn check<B: Train>(be: Arc<B>, name: &str, tolerance: f64, grads: f64) {
     close(&format!("{name}: loss of allowed classes"), &[score.loss], &numbers(&g["loss_allowed"]), tolerance);
     let records = g["grads"].as_object().unwrap();
     for (role, record) in records {
-        let found = gradient.iter().find(|p| p.name == *role).unwrap_or_else(|| panic!("{name}: no {role}"));
-        recorded(&format!("{name}: {role}"), &found.values, record, grads);
+        let at = t.span(role).unwrap_or_else(|| panic!("{name}: no {role}"));
+        recorded(&format!("{name}: {role}"), &gradient[at], record, grads);
     }
     // All that trains has been compared, but for positions that were interpolated.
-    let missing = gradient.iter().filter(|p| !records.contains_key(&p.name)).map(|p| &p.name[..]).collect::<Vec<_>>();
+    let missing = t.params().filter(|p| !records.contains_key(&p.name)).map(|p| &p.name[..]).collect::<Vec<_>>();
     assert_eq!(missing, if name == "tiny-dinov2" { vec!["positions"] } else { vec![] }, "{name}");
 
     let mut t = trainer(be, name, Trains::Head, true, 8);
     let (score, gradient) = t.gradient(&ex, &allowed).unwrap();
     close(&format!("{name}: LoRA's loss"), &[score.loss], &numbers(&g["lora"]["loss"]), tolerance);
-    let modules = t.modules().unwrap();
+    let places = t.places();
     let mut compared = 0;
     for (key, record) in g["lora"]["grads"].as_object().unwrap() {
         let (module, side) = key.rsplit_once('.').unwrap();
         let (layer, role) = role(module);
-        let m = modules.iter().find(|m| (m.spec.layer, m.spec.role) == (layer, role)).unwrap();
-        let values = if side == "a" { m.a_of(&gradient) } else { m.b_of(&gradient) }.unwrap();
+        let m = places.iter().find(|m| (m.spec.layer, m.spec.role) == (layer, role)).unwrap();
+        let values = &gradient[if side == "a" { m.a.clone() } else { m.b.clone() }];
         recorded(&format!("{name}: {key}"), values, record, grads);
         compared += 1;
     }
-    assert_eq!(compared, 2 * modules.len());
+    assert_eq!(compared, 2 * places.len());
 }
 
 #[test]
@@ -276,36 +277,42 @@ fn gradients_are_differences() {
         let mut t = VisionTrainer::new(vit, masters, Some(a), settings(), 2).unwrap();
         let (ex, allowed) = (small_examples(), [1, 3, 4]);
         let mut rng = Rng::new(9);
+        let spans: Vec<_> = t.params().map(|p| (p.name.clone(), t.span(&p.name).unwrap())).collect();
         let mut values = t.values().unwrap();
-        for p in &mut values {
+        for (name, at) in &spans {
             // B begins as 0, and A would have no gradient.
-            let b = p.name.starts_with("layers") && p.name.ends_with(".b");
-            p.values.iter_mut().for_each(|v| *v = ((*v + if b { 0.3 * rng.normal() } else { 0.0 }) / H).round() * H);
+            let b = name.starts_with("layers") && name.ends_with(".b");
+            let moved = |v: f32, rng: &mut Rng| v + if b { 0.3 * rng.normal() } else { 0.0 };
+            values[at.clone()].iter_mut().for_each(|v| *v = (moved(*v, &mut rng) / H).round() * H);
         }
-        t.set_values(values.iter().map(|p| (&p.name[..], &p.values[..]))).unwrap();
+        t.set_values(&values).unwrap();
         let (_, gradient) = t.gradient(&ex, &allowed).unwrap();
-        assert_eq!(gradient.len(), t.params().count());
-        for (p, g) in values.iter().zip(&gradient) {
-            assert_eq!((&p.name, p.shape), (&g.name, g.shape));
+        assert_eq!(gradient.len(), values.len());
+        for (name, at) in spans {
+            let (v, g) = (&values[at.clone()], &gradient[at]);
             for _ in 0..2 {
-                let signs: Vec<f32> = p.values.iter().map(|_| if rng.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+                let signs: Vec<f32> = v.iter().map(|_| if rng.below(2) == 0 { 1.0 } else { -1.0 }).collect();
                 let loss = [-2.0, -1.0, 1.0, 2.0].map(|steps| {
-                    let moved: Vec<f32> = p.values.iter().zip(&signs).map(|(v, s)| v + s * steps * H).collect();
-                    t.set_values([(&p.name[..], &moved[..])]).unwrap();
+                    let moved: Vec<f32> = v.iter().zip(&signs).map(|(v, s)| v + s * steps * H).collect();
+                    t.set(&name, &moved).unwrap();
                     t.evaluate(&ex, &allowed).unwrap().loss
                 });
-                t.set_values([(&p.name[..], &p.values[..])]).unwrap();
+                t.set(&name, v).unwrap();
                 let numeric = (loss[0] - 8.0 * loss[1] + 8.0 * loss[2] - loss[3]) / (12.0 * f64::from(H));
-                let analytic: f64 = g.values.iter().zip(&signs).map(|(g, s)| f64::from(*g) * f64::from(*s)).sum();
+                let analytic: f64 = g.iter().zip(&signs).map(|(g, s)| f64::from(*g) * f64::from(*s)).sum();
                 // The bias of k has no gradient; others' are about as large as the loss.
-                let size =
-                    g.values.iter().fold(1e-2, |m, x| f64::from(x.abs()).max(m)) * (g.values.len() as f64).sqrt();
+                let size = g.iter().fold(1e-2, |m, x| f64::from(x.abs()).max(m)) * (g.len() as f64).sqrt();
                 let error = (numeric - analytic).abs() / size;
-                let name = &p.name;
                 assert!(error < 1e-6, "{name}, mean {mean}: {analytic:.9e}, and {numeric:.9e} by differences");
             }
         }
     }
+}
+
+/// The gradients of what trains, by name.
+fn named<B: Train>(t: &mut VisionTrainer<B>, ex: &Examples) -> Vec<(String, Vec<f32>)> {
+    let (_, all) = t.gradient(ex, &[]).unwrap();
+    t.params().filter(|p| p.g.is_some()).map(|p| (p.name.clone(), all[t.span(&p.name).unwrap()].to_vec())).collect()
 }
 
 /// What is packed with an image changes nothing of it, and the truncated backward nothing of what it keeps.
@@ -320,18 +327,18 @@ fn images_are_independent_and_truncation_exact() {
     assert_eq!(alone.logits(&ex.images, &[]).unwrap(), all);
 
     // Only the last block's adapter trains: the same gradient, and no others.
-    let (_, whole) = together.gradient(&ex, &[]).unwrap();
+    let whole = named(&mut together, &ex);
     let (vit, masters) = Vit::load(be.clone(), &open("tiny-vit-hf"), Trains::Head).unwrap();
     let mut a = golden_adapter(&vit, &g);
     a.train(&*be, |layer| layer == 1).unwrap();
     let mut upper = VisionTrainer::new(vit, masters, Some(a), settings(), 3).unwrap();
-    let (_, part) = upper.gradient(&ex, &[]).unwrap();
-    let kept: Vec<_> = whole.into_iter().filter(|p| !p.name.starts_with("layers.0")).collect();
+    let part = named(&mut upper, &ex);
+    let kept: Vec<_> = whole.into_iter().filter(|p| !p.0.starts_with("layers.0")).collect();
     assert!(kept.len() < together.params().count() && kept == part);
 
     // Some of the model's own tensors: the same gradients as if all trained.
     let mut full = trainer(be.clone(), "tiny-vit-hf", Trains::All, false, 3);
-    let (_, whole) = full.gradient(&ex, &[]).unwrap();
+    let whole = named(&mut full, &ex);
     let some: [fn(&str) -> bool; 4] = [
         |n| n.starts_with("blocks.1.norm1"),
         |n| n.starts_with("blocks.1.mlp") || n.starts_with("norm"),
@@ -342,14 +349,14 @@ fn images_are_independent_and_truncation_exact() {
         let (vit, mut masters) = Vit::load(be.clone(), &open("tiny-vit-hf"), Trains::All).unwrap();
         masters.train(&*be, |role| some(&role.to_string())).unwrap();
         let mut t = VisionTrainer::new(vit, masters, None, settings(), 3).unwrap();
-        let (_, part) = t.gradient(&ex, &[]).unwrap();
-        let kept: Vec<_> = whole.iter().filter(|p| some(&p.name)).cloned().collect();
-        assert!(!part.is_empty() && part == kept, "{:?}", part.iter().map(|p| &p.name).collect::<Vec<_>>());
+        let part = named(&mut t, &ex);
+        let kept: Vec<_> = whole.iter().filter(|p| some(&p.0)).cloned().collect();
+        assert!(!part.is_empty() && part == kept, "{:?}", part.iter().map(|p| &p.0).collect::<Vec<_>>());
     }
 
     // Without an adapter only the head has a gradient.
     let mut head = trainer(be, "tiny-vit-hf", Trains::Head, false, 3);
-    let names: Vec<String> = head.gradient(&ex, &[]).unwrap().1.into_iter().map(|p| p.name).collect();
+    let names: Vec<String> = named(&mut head, &ex).into_iter().map(|p| p.0).collect();
     assert_eq!(names, ["head.w", "head.b"]);
 }
 
@@ -367,15 +374,70 @@ fn classes_that_are_not_allowed_are_out_of_it() {
     assert!(t.predict(&ex.images, &allowed).unwrap().iter().all(|c| allowed.contains(c)));
     let (score, gradient) = t.gradient(&ex, &allowed).unwrap();
     assert!(score.loss.is_finite() && score.examples == 3);
-    let db = &gradient.iter().find(|p| p.name == "head.b").unwrap().values;
+    let db = &gradient[t.span("head.b").unwrap()];
     assert!((0..5).all(|c| (db[c as usize] == 0.0) != allowed.contains(&c)), "{db:?}");
     let says = |e: quadriga::Error, what: &str| assert!(e.to_string().contains(what), "{e}");
     says(t.evaluate(&ex, &[0, 2]).unwrap_err(), "class 3 is the label of an example, and is not allowed");
     says(t.logits(&ex.images, &[7]).unwrap_err(), "class 7 of 5");
     let other = Images::new([3, 12, 16], vec![0.0; 3 * 12 * 16]).unwrap();
     says(t.logits(&other, &[]).unwrap_err(), "images of [3, 12, 16] for a model of [3, 16, 16]");
-    says(t.set_values([("none", &[0.0][..])]).unwrap_err(), "no parameter none trains");
-    says(t.set_values([("head.b", &[0.0][..])]).unwrap_err(), "head.b: 1 values for [1, 5]");
+    says(t.set("none", &[0.0]).unwrap_err(), "there is no parameter none");
+    says(t.set("head.b", &[0.0]).unwrap_err(), "head.b: 1 values for [1, 5]");
+    says(t.set_values(&[0.0]).unwrap_err(), "1 values for 165");
+    says(t.set_gradients(&[0.0]).unwrap_err(), "1 gradients for 165 values");
+    says(t.update_towards(&[0.0], 1.0).unwrap_err(), "a reference of 1 values for 165");
+    says(t.features_behind(&ex.images, 3, false).unwrap_err(), "behind block 3 of 2");
+    says(t.attention_input(&ex.images, 2).unwrap_err(), "block 2 of 2");
+}
+
+/// What a driver of a stream does: reads and sets everything, adds to gradients, pulls towards references, begins anew.
+#[test]
+fn a_driver_has_all_in_hand() {
+    let be = Arc::new(Cpu::with(2, Tier::Portable, Compute::Exact));
+    let g = golden("tiny-vit-hf");
+    let ex = examples(&g);
+    let mut t = trainer(be.clone(), "tiny-vit-hf", Trains::Head, true, 2);
+    let start = t.values().unwrap();
+    let bare = t.features_behind(&ex.images, 2, true).unwrap();
+    // SGD: a step is the rate times the gradient, whatever it was made of.
+    t.accumulate(&ex, &[], 1.0).unwrap();
+    let gradient: Vec<f32> = t.gradients().unwrap().iter().map(|g| 2.0 * g + 0.5).collect();
+    t.set_gradients(&gradient).unwrap();
+    t.update().unwrap();
+    let moved = t.values().unwrap();
+    let want: Vec<f64> = start.iter().zip(&gradient).map(|(v, g)| f64::from(*v) - 0.05 * f64::from(*g)).collect();
+    close("a step", &wide(&moved), &want, 1e-6);
+    assert!(t.gradients().unwrap().iter().all(|&g| g == 0.0));
+    // The adapter has moved what lies behind it, and not the model.
+    assert_ne!(t.features_behind(&ex.images, 2, false).unwrap(), bare);
+    assert_eq!(t.features_behind(&ex.images, 2, true).unwrap(), bare);
+    // A pull that is stronger than any step.
+    t.accumulate(&ex, &[], 1.0).unwrap();
+    t.update_towards(&start, 1e6).unwrap();
+    assert_eq!(t.values().unwrap(), start);
+    assert_eq!(t.steps(), 2);
+    // The same steps from the same state, also of the optimiser.
+    t.reset_optimizer(Settings { lr: 0.01, ..Settings::default() }).unwrap();
+    let run = |t: &mut VisionTrainer<Cpu>| {
+        (0..3).for_each(|_| {
+            t.step(&ex, &[]).unwrap();
+        })
+    };
+    run(&mut t);
+    let (middle, (steps, moments)) = (t.values().unwrap(), t.moments().unwrap());
+    run(&mut t);
+    let end = t.values().unwrap();
+    t.restart().unwrap();
+    assert_eq!(t.steps(), 0);
+    t.set_values(&middle).unwrap();
+    t.set_moments(steps, &moments).unwrap();
+    run(&mut t);
+    assert!(t.values().unwrap() == end && t.steps() == 6 && end != start);
+    // Inputs of q, k and v, of the lowest block too, which keeps no activations where only the upper one trains.
+    let inputs = t.attention_input(&ex.images, 0).unwrap();
+    let (vit, masters) = Vit::load(be, &open("tiny-vit-hf"), Trains::Head).unwrap();
+    let mut head = VisionTrainer::new(vit, masters, None, settings(), 3).unwrap();
+    assert_eq!((inputs.len(), head.attention_input(&ex.images, 0).unwrap()), (3 * 17 * 32, inputs));
 }
 
 #[test]

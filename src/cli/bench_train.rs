@@ -6,13 +6,16 @@ use super::flags::{BenchTrainArgs, Common};
 use super::out;
 use super::train::named;
 use crate::bench::peaks::matrix_peak;
-use crate::engine::{Lora, Method, TrainBench, train_speed};
+use crate::engine::{Lever, LeverBench, Lora, Method, TrainBench, lever_speed, train_speed};
 use crate::error::{Result, ensure};
 use crate::model::Recompute;
 
 pub(super) fn run(common: &Common, args: &BenchTrainArgs) -> Result<()> {
     ensure!(args.tokens >= 2, Usage, "--tokens {} is impossible: a sequence needs 2 or more", args.tokens);
     ensure!(args.steps >= 1, Usage, "--steps 0 measures nothing");
+    if let Some(top) = args.levers {
+        return levers(common, args, top);
+    }
     let lora = Lora { rank: args.rank, alpha: 2.0 * args.rank as f32, ..Lora::default() };
     let method = if args.full { Method::Full } else { Method::Lora(lora) };
     let mut recompute = Recompute::default();
@@ -47,6 +50,33 @@ pub(super) fn run(common: &Common, args: &BenchTrainArgs) -> Result<()> {
     ))?;
     if let Some(mb) = peak {
         eprintln!("[peak memory {mb:.0} MB]");
+    }
+    Ok(())
+}
+
+/// What a step costs as it gets sparser, for sequences of 64 tokens.
+fn levers(common: &Common, args: &BenchTrainArgs, top: usize) -> Result<()> {
+    const LENGTH: usize = 64;
+    ensure!(top > 0, Usage, "--levers 0 adapts no layer");
+    let targets = vec!["q".into(), "v".into()];
+    let lora = Lora { rank: args.rank, alpha: 2.0 * args.rank as f32, targets, top_layers: top, ..Lora::default() };
+    let sequences = args.tokens.div_ceil(LENGTH);
+    let what = LeverBench { lora, sequences, length: LENGTH, steps: args.steps };
+    let seconds = lever_speed(&common.path()?, &what, common.options()?)?;
+    let median = |x: &Vec<f64>| x[x.len() / 2];
+    let plain = median(&seconds[0]);
+    let rows: Vec<_> = Lever::ALL.iter().zip(&seconds).map(|(l, s)| (l.name(), median(s))).collect();
+    if common.json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, s)| json!({"lever": name, "ms_per_step": out::round(s * 1e3, 2), "of_plain": out::round(s / plain, 4)}))
+            .collect();
+        return out::print_json(&json!({
+            "model": common.model, "rank": args.rank, "tokens": sequences * LENGTH, "top_layers": top, "levers": rows,
+        }));
+    }
+    for (name, s) in rows {
+        out::print(&format!("{name:>14}  {:8.1} ms  {:5.1} % of plain\n", s * 1e3, 100.0 * s / plain))?;
     }
     Ok(())
 }

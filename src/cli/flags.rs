@@ -100,6 +100,7 @@ pub(super) enum Command {
     /// Train on JSONL or text.
     #[command(subcommand)]
     Train(Box<Train>),
+    Adapt(Box<super::adapt::AdaptArgs>),
     /// Teach a diffusion model to say several tokens at once, in the order in which it unmasks them; result: OUT/model, or
     /// OUT/adapter.
     Distill(Box<super::train_diffusion::DistillArgs>),
@@ -433,6 +434,9 @@ pub(super) struct BenchTrainArgs {
     /// What the backward pass computes again: nothing, pointwise or layer.
     #[arg(long)]
     pub recompute: Option<String>,
+    /// Instead: what a LoRA step on q and v costs as it gets sparser, with adapters in so many of the upper layers.
+    #[arg(long, value_name = "TOP_LAYERS", conflicts_with_all = ["full", "recompute"])]
+    pub levers: Option<usize>,
 }
 
 /// The type that `--weights` names.

@@ -15,17 +15,20 @@
 //! ```
 
 mod accuracy;
+mod adapt;
 mod diffusion;
 mod diffusion_training;
 mod draft;
 mod erased;
 mod learning;
+mod levers;
 mod selfgen;
 mod serving;
 mod session;
 mod speculation;
 mod speed;
 mod steps;
+mod stream_files;
 mod tasks;
 mod texts;
 mod training;
@@ -35,15 +38,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
+pub use adapt::{AdaptRun, Adapted, Told};
 pub use diffusion_training::{Convert, DiffusionRun, Learn};
 pub use draft::DraftRun;
 pub use erased::Decode;
+pub use levers::{Lever, LeverBench, lever_speed};
 pub use selfgen::{SelfGen, SelfGenerated};
 pub use serving::{Reply, Request, Serving, ServingOptions};
 pub use session::{Finish, Generate, Generation, Piece, Session};
 pub use speculation::{Draft, DraftKind, Memory, Speculation};
 pub use speed::{TrainBench, TrainSpeed, train_speed};
 pub use steps::{Preference, StepCounts, StepJudge, StepSettings, Steps};
+pub use stream_files::StreamReading;
 pub use tasks::{Measured, Task};
 pub use texts::Texts;
 pub use training::{DataSettings, Lora, Merged, Method, TrainRun, read_adapter};
@@ -52,6 +58,7 @@ use crate::backend::Train;
 use crate::backend::cpu::{Compute, Cpu, Tier};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::naive::Naive;
+pub use crate::continual;
 pub use crate::diffusion::aup::{AupCurve, AupSettings, Point, Weighed, aup};
 pub use crate::diffusion::train::{DistillSettings, MaskedSettings, Weighting};
 pub use crate::diffusion::{Cache, Choose, Commit, OnPass, Outcome, Rank, Schedule, Settings as DiffusionSettings};

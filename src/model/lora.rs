@@ -3,6 +3,8 @@
 //!
 //! Modules that read the same input stack their A, so that one product shrinks the input for all of them.
 
+use std::ops::Range;
+
 use super::config::ModelConfig;
 use super::roles::{LayerRole, Role};
 use crate::backend::{Backend, Buffer, Group, In, Out, Ranks, Train, WeightInfo, Write};
@@ -115,6 +117,19 @@ pub struct ModuleValues {
     pub b: Vec<f32>,
 }
 
+/// Where a linear's adapter lies among all values of its [`Adapter`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// Which.
+    pub spec: ModuleSpec,
+    /// Of the linear, `[out, in]`.
+    pub shape: [usize; 2],
+    /// A `[rank, in]`.
+    pub a: Range<usize>,
+    /// B `[out, rank]`.
+    pub b: Range<usize>,
+}
+
 pub(super) struct Module<B: Backend> {
     pub(super) role: LayerRole,
     pub(super) part: Ranks,
@@ -191,17 +206,6 @@ impl<B: Train> Adapter<B> {
         Ok(all)
     }
 
-    /// Every module, layer by layer, with the tensor in which its A lies, the first of its rows there, and its B.
-    pub fn places(&self) -> impl Iterator<Item = (ModuleSpec, &Param<B>, usize, &Param<B>)> {
-        let sites = self.layers.iter().enumerate().flat_map(|(i, s)| s.iter().flatten().map(move |s| (i, s)));
-        sites.flat_map(|(layer, s)| {
-            s.modules.iter().map(move |m| {
-                let spec = ModuleSpec { role: m.role, layer, rank: m.part.n, scale: m.scale };
-                (spec, &s.a, m.part.first, &m.b)
-            })
-        })
-    }
-
     /// sum_i weight_i scale_i B_i A_i as one adapter, exactly: its ranks are those of all, side by side.
     pub fn mix(be: &B, cfg: &ModelConfig, parts: &[(&Self, f32)]) -> Result<Self> {
         let mut mixed: Vec<ModuleValues> = Vec::new();
@@ -222,6 +226,24 @@ impl<B: Train> Adapter<B> {
             }
         }
         Self::new(be, cfg, &mixed)
+    }
+
+    /// Its modules, with the places of their A and B in one vector that holds every tensor of [`Adapter::params`] one after
+    /// another.
+    pub fn places(&self) -> Vec<Place> {
+        let (mut places, mut at) = (Vec::new(), 0);
+        for (layer, site) in self.layers.iter().enumerate().flat_map(|(i, s)| s.iter().flatten().map(move |s| (i, s))) {
+            let (first, input) = (at, site.a.shape[1]);
+            at += site.a.len();
+            for m in &site.modules {
+                let a = first + m.part.first * input;
+                let spec = ModuleSpec { role: m.role, layer, rank: m.part.n, scale: m.scale };
+                let b = at..at + m.b.len();
+                at = b.end;
+                places.push(Place { spec, shape: [m.b.shape[0], input], a: a..a + m.part.n * input, b });
+            }
+        }
+        places
     }
 
     /// Every tensor, in a fixed order.

@@ -17,7 +17,7 @@ pub use config::ModelConfig;
 pub use forward::{Sequence, Tap, Want};
 pub use full::{Full, Trained};
 pub use kv::KvCache;
-pub use lora::{Adapter, Param};
+pub use lora::{Adapter, Param, Place};
 pub use saved::{Pass, Recompute, Saved};
 pub use training::{Head, Term};
 pub use weights::{Model, Weights};

@@ -42,22 +42,96 @@ impl<B: Train> Model<B> {
     /// # Errors
     /// A pass larger than planned; the device's errors.
     pub fn forward_saved(&self, pass: &Pass, adapter: Option<&Adapter<B>>, saved: &mut Saved<B>) -> Result<()> {
-        let (be, cfg, rows) = (&*self.be, &self.cfg, pass.rows());
+        self.enter(pass, adapter, 0, saved)?;
+        self.finish(pass, adapter, 0, saved)
+    }
+
+    /// The residual stream at the inputs of `layers`, `[rows, hidden]` each, of a pass that goes no further than the highest of them: 0 is
+    /// the embedding.
+    ///
+    /// # Errors
+    /// A layer that the model lacks; as [`Model::forward_saved`].
+    pub fn hidden_at(
+        &self,
+        pass: &Pass,
+        adapter: Option<&Adapter<B>>,
+        layers: &[usize],
+        saved: &mut Saved<B>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let top = layers.iter().copied().max().unwrap_or(0);
+        ensure!(top <= self.cfg.layers, Usage, "layer {top} of {}", self.cfg.layers);
+        self.enter(pass, adapter, top, saved)?;
+        let n = pass.rows() * self.cfg.hidden;
+        let of = |&i: &usize| {
+            let mut hidden = vec![0.0; n];
+            self.be.download_acc(saved.x[i].head(n), &mut hidden)?;
+            Ok(hidden)
+        };
+        layers.iter().map(of).collect()
+    }
+
+    /// [`Model::forward_saved`] from the input of `layer` on, where [`Model::hidden_at`] gave `hidden`: the same bits. Nothing below it
+    /// may be adapted.
+    ///
+    /// # Errors
+    /// Hidden states of other rows, an adapted layer below; as [`Model::forward_saved`].
+    pub fn forward_from(
+        &self,
+        pass: &Pass,
+        layer: usize,
+        hidden: &[f32],
+        adapter: Option<&Adapter<B>>,
+        saved: &mut Saved<B>,
+    ) -> Result<()> {
+        let n = pass.rows() * self.cfg.hidden;
+        ensure!(hidden.len() == n, Shape, "{} hidden values for {} rows", hidden.len(), pass.rows());
+        ensure!(layer <= self.cfg.layers, Usage, "layer {layer} of {}", self.cfg.layers);
+        let below = adapter.is_some_and(|a| a.layers[..layer].iter().flatten().any(Option::is_some));
+        ensure!(!below, Usage, "an adapter below layer {layer}, where the pass begins");
+        self.check(pass, saved)?;
+        self.be.upload_acc(saved.x[layer].head_mut(n), hidden)?;
+        self.finish(pass, adapter, layer, saved)
+    }
+
+    fn check(&self, pass: &Pass, saved: &mut Saved<B>) -> Result<()> {
+        let rows = pass.rows();
         ensure!(rows <= saved.rows, Capacity, "{rows} rows in one training pass; {} are planned", saved.rows);
         let (wanted, most) = (pass.wanted.len(), saved.wanted_rows);
         ensure!(wanted <= most, Capacity, "{wanted} rows have a loss in one pass; {most} are planned");
-        self.fill_tables(pass, saved)?;
-        let n = rows * cfg.hidden;
-        be.embed(saved.x[0].head_mut(n), &self.weights.embed, &pass.tokens, cfg.embed_scale)?;
-        for i in 0..cfg.layers {
-            self.layer(i, pass, adapter, saved, Run::Forward)?;
-        }
+        self.fill_tables(pass, saved)
+    }
+
+    /// The layers below `top`.
+    fn enter(&self, pass: &Pass, adapter: Option<&Adapter<B>>, top: usize, saved: &mut Saved<B>) -> Result<()> {
+        self.check(pass, saved)?;
+        let n = pass.rows() * self.cfg.hidden;
+        self.be.embed(saved.x[0].head_mut(n), &self.weights.embed, &pass.tokens, self.cfg.embed_scale)?;
+        (0..top).try_for_each(|i| self.layer(i, pass, adapter, saved, Run::Forward))
+    }
+
+    /// The layers from `first` on, and the norm of the wanted rows.
+    fn finish(&self, pass: &Pass, adapter: Option<&Adapter<B>>, first: usize, saved: &mut Saved<B>) -> Result<()> {
+        let (be, cfg, wanted) = (&*self.be, &self.cfg, pass.wanted.len());
+        (first..cfg.layers).try_for_each(|i| self.layer(i, pass, adapter, saved, Run::Forward))?;
         if wanted > 0 {
-            let p = wanted * cfg.hidden;
+            let (n, p) = (pass.rows() * cfg.hidden, wanted * cfg.hidden);
             be.gather_rows(saved.picked.head_mut(p), saved.x[cfg.layers].head(n), &pass.wanted, cfg.hidden)?;
             be.rms_norm(saved.out.head_mut(p), saved.picked.head(p), &self.weights.final_norm, cfg.eps)?;
         }
         Ok(())
+    }
+
+    /// The input of a layer's q, k and v in the last pass, `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn attention_input(&self, layer: usize, pass: &Pass, saved: &mut Saved<B>) -> Result<Vec<f32>> {
+        let (be, n) = (&*self.be, pass.rows() * self.cfg.hidden);
+        let Saved { x, room, .. } = saved;
+        be.rms_norm(room.h.head_mut(n), x[layer].head(n), &self.weights.layers[layer].attn_norm, self.cfg.eps)?;
+        let mut out = vec![B::Act::default(); n];
+        be.download(room.h.head(n), &mut out)?;
+        Ok(out.iter().map(|x| x.to_f64() as f32).collect())
     }
 
     /// Layer `i` from `saved.x[i]`.
@@ -280,6 +354,30 @@ impl<B: Train> Model<B> {
             }
         }
         Ok(losses)
+    }
+
+    /// Shows `visit` the logits of each wanted row of the last pass.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn logits(
+        &self,
+        pass: &Pass,
+        saved: &Saved<B>,
+        head: &mut Head<B>,
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let (be, cfg, n) = (&*self.be, &self.cfg, pass.wanted.len());
+        let mut logits = vec![0.0; head.tile * cfg.vocab];
+        for first in (0..n).step_by(head.tile) {
+            let r = first..n.min(first + head.tile);
+            let nv = r.len() * cfg.vocab;
+            let x = saved.out.view(first * cfg.hidden..r.end * cfg.hidden);
+            be.linear_fwd(head.logits.head_mut(nv), x, self.vocabulary(), None, Write::Set)?;
+            be.download_acc(head.logits.head(nv), &mut logits[..nv])?;
+            logits[..nv].chunks_exact(cfg.vocab).zip(r).for_each(|(row, i)| visit(i, row));
+        }
+        Ok(())
     }
 
     /// The likeliest token behind each wanted row of the last pass.

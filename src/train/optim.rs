@@ -150,23 +150,40 @@ impl<B: Train> Optimizer<B> {
     /// # Errors
     /// `Diverged` where the gradient is not finite: no weight has changed then, and gradients are cleared.
     pub fn step<'p>(&mut self, be: &B, params: impl Iterator<Item = &'p mut Param<B>>) -> Result<Stepped> {
+        self.step_towards(be, params, &[], self.settings.l1)
+    }
+
+    /// [`Optimizer::step`] with an L1 penalty of strength `l1` towards `references`, one for each tensor that trains; towards 0 where
+    /// there are none.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`]; references of other tensors.
+    pub fn step_towards<'p>(
+        &mut self,
+        be: &B,
+        params: impl Iterator<Item = &'p mut Param<B>>,
+        references: &[B::Buf<B::Acc>],
+        l1: f32,
+    ) -> Result<Stepped> {
         let mut params: Vec<&mut Param<B>> = params.filter(|p| p.g.is_some()).collect();
         ensure!(params.len() == self.states.len(), Shape, "{} tensors train, not {}", params.len(), self.states.len());
         let grads: Vec<_> = params.iter().filter_map(|p| p.g.as_ref().map(|g| g.head(p.len()))).collect();
         let square = be.sq_norm(&grads)?;
         drop(grads);
-        let Settings { clip, weight_decay, l1, .. } = self.settings;
+        let given = references.is_empty() || references.len() == params.len();
+        ensure!(given, Shape, "{} references for {} tensors", references.len(), params.len());
+        let Settings { clip, weight_decay, .. } = self.settings;
         let lr = self.settings.lr * self.settings.schedule.factor(self.steps) as f32;
         let grad_norm = square.sqrt();
         let finite = grad_norm.is_finite();
         let scale = if clip > 0.0 && grad_norm > f64::from(clip) { clip / grad_norm as f32 } else { 1.0 };
         let (rule, number) = (self.settings.rule(), self.steps + 1);
         let step = Step { rule, lr, decay: weight_decay, scale, number, l1: lr * l1 };
-        for (p, states) in params.iter_mut().zip(&mut self.states) {
+        for (i, (p, states)) in params.iter_mut().zip(&mut self.states).enumerate() {
             let n = p.len();
             let Some(g) = &mut p.g else { continue };
             if finite {
-                be.optimize(p.w.head_mut(n), g.head(n), states, None, &step)?;
+                be.optimize(p.w.head_mut(n), g.head(n), states, references.get(i).map(|r| r.head(n)), &step)?;
             }
             be.zero(g.head_mut(n))?;
         }
@@ -188,6 +205,28 @@ impl<B: Train> Optimizer<B> {
             be.copy(to.head_mut(n), from.head(n))?;
         }
         self.steps = from.steps;
+        Ok(())
+    }
+
+    /// Begins anew: no step done, states as at first.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn restart<'p>(&mut self, be: &B, params: impl Iterator<Item = &'p Param<B>>) -> Result<()>
+    where
+        B: 'p,
+    {
+        let anchor = self.settings.rule().anchor();
+        for (p, states) in params.filter(|p| p.g.is_some()).zip(&mut self.states) {
+            for (i, s) in states.iter_mut().enumerate() {
+                if anchor == Some(i) {
+                    be.copy(s.head_mut(p.len()), p.values())?;
+                } else {
+                    be.zero(s.head_mut(p.len()))?;
+                }
+            }
+        }
+        self.steps = 0;
         Ok(())
     }
 

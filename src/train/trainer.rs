@@ -132,6 +132,178 @@ impl<B: Train> Trainer<B> {
         model.forward_saved(pass, trainable.adapter(), saved)
     }
 
+    /// [`Trainer::forward`] from the input of a layer on, as [`Trainer::hidden_at`] gave it.
+    ///
+    /// # Errors
+    /// As [`Model::forward_from`].
+    pub fn forward_from(&mut self, pass: &Pass, layer: usize, hidden: &[f32]) -> Result<()> {
+        let Self { model, trainable, saved, .. } = self;
+        model.forward_from(pass, layer, hidden, trainable.adapter(), saved)
+    }
+
+    /// The residual stream of the model without what trains, at the inputs of `layers`.
+    ///
+    /// # Errors
+    /// As [`Model::hidden_at`].
+    pub fn hidden_at(&mut self, pass: &Pass, layers: &[usize]) -> Result<Vec<Vec<f32>>> {
+        self.model.hidden_at(pass, None, layers, &mut self.saved)
+    }
+
+    /// Shows `visit` the logits of each wanted row of the last forward pass.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn logits(&mut self, pass: &Pass, visit: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.model.logits(pass, &self.saved, &mut self.head, visit)
+    }
+
+    /// The input of a layer's q, k and v in the last forward pass, `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn attention_input(&mut self, layer: usize, pass: &Pass) -> Result<Vec<f32>> {
+        self.model.attention_input(layer, pass, &mut self.saved)
+    }
+
+    /// All that trains, one tensor after another in the order of [`Trainable::params`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn values(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for p in self.trainable.params() {
+            all.extend(p.to_host(self.model.backend())?);
+        }
+        Ok(all)
+    }
+
+    /// Sets all that trains; the optimiser stays.
+    ///
+    /// # Errors
+    /// Another number of values; the device's.
+    pub fn set_values(&mut self, values: &[f32]) -> Result<()> {
+        let be = self.model.backend();
+        let n: usize = self.trainable.params().map(Param::len).sum();
+        ensure!(values.len() == n, Shape, "{} values for {n}", values.len());
+        let mut rest = values;
+        for p in self.trainable.params_mut() {
+            let (own, others) = rest.split_at(p.len());
+            be.upload_acc(p.w.head_mut(own.len()), own)?;
+            rest = others;
+        }
+        match &self.trainable {
+            Trainable::Full(full) => self.model.refresh(full),
+            Trainable::Adapter(_) => Ok(()),
+        }
+    }
+
+    /// The gradients gathered so far, as [`Trainer::values`] lists; 0 for what is frozen.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn gradients(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for p in self.trainable.params() {
+            let at = all.len();
+            all.resize(at + p.len(), 0.0);
+            if let Some(g) = &p.g {
+                self.model.backend().download_acc(g.head(p.len()), &mut all[at..])?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Replaces the gradients of what is not frozen.
+    ///
+    /// # Errors
+    /// Another number of values; the device's.
+    pub fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
+        let be = self.model.backend();
+        let n: usize = self.trainable.params().map(Param::len).sum();
+        ensure!(values.len() == n, Shape, "{} gradients for {n} values", values.len());
+        let mut rest = values;
+        for p in self.trainable.params_mut() {
+            let (own, others) = rest.split_at(p.len());
+            if let Some(g) = &mut p.g {
+                be.upload_acc(g.head_mut(own.len()), own)?;
+            }
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// Forgets the gradients gathered so far.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn clear_gradients(&mut self) -> Result<()> {
+        self.clear()
+    }
+
+    /// [`Trainer::update`] with an L1 pull of strength `l1` towards `reference`, which lists all tensors as [`Trainer::values`] does:
+    /// w = r + soft(w - r, rate times l1).
+    ///
+    /// # Errors
+    /// As [`Trainer::update`]; a reference of other values.
+    pub fn update_towards(&mut self, reference: &[f32], l1: f32) -> Result<Stepped> {
+        let be = self.model.backend();
+        let n: usize = self.trainable.params().map(Param::len).sum();
+        ensure!(reference.len() == n, Shape, "a reference of {} values for {n}", reference.len());
+        let (mut rest, mut references) = (reference, Vec::new());
+        for p in self.trainable.params() {
+            let (own, others) = rest.split_at(p.len());
+            if p.g.is_some() {
+                let mut r = be.alloc(own.len())?;
+                be.upload_acc(r.head_mut(own.len()), own)?;
+                references.push(r);
+            }
+            rest = others;
+        }
+        let stepped = self.optimizer.step_towards(be, self.trainable.params_mut(), &references, l1)?;
+        if let Trainable::Full(full) = &self.trainable {
+            self.model.refresh(full)?;
+        }
+        Ok(stepped)
+    }
+
+    /// Lets the optimiser begin anew.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn restart(&mut self) -> Result<()> {
+        let Self { model, trainable, optimizer, .. } = self;
+        optimizer.restart(model.backend(), trainable.params())
+    }
+
+    /// The optimiser.
+    pub fn optimizer(&self) -> &Optimizer<B> {
+        &self.optimizer
+    }
+
+    /// Steps and states of the optimiser.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn moments(&self) -> Result<(u64, Vec<(String, Vec<f32>)>)> {
+        let states = self.optimizer.to_host(self.model.backend(), self.trainable.params())?;
+        Ok((self.optimizer.steps(), states.into_iter().map(|(name, _, v)| (name, v)).collect()))
+    }
+
+    /// Sets them.
+    ///
+    /// # Errors
+    /// A state that is missing or of another size.
+    pub fn set_moments(&mut self, steps: u64, states: &[(String, Vec<f32>)]) -> Result<()> {
+        let Self { model, trainable, optimizer, .. } = self;
+        optimizer.restore(model.backend(), trainable.params(), steps, |name, n| {
+            match states.iter().find(|s| s.0 == name) {
+                Some((_, v)) if v.len() == n => Ok(v),
+                Some((_, v)) => bail!(Weights, "{name} has {} values, {n} here", v.len()),
+                None => bail!(Weights, "no state {name} of the optimiser"),
+            }
+        })
+    }
+
     /// The likeliest token of each wanted row of the last forward pass.
     ///
     /// # Errors

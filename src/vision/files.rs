@@ -6,8 +6,7 @@ use std::path::Path;
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::images::Images;
-use super::trainer::Examples;
+use super::images::{Examples, Images};
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 
 /// Upper bound of an unpacked file: twenty times the largest in use.

@@ -5,6 +5,7 @@ use super::images::Images;
 use super::saved::{Layout, VitSaved};
 use super::weights::{Vit, all};
 use crate::backend::{Buffer, In, Train, Write};
+use crate::dtype::Real;
 use crate::error::{Result, ensure};
 use crate::model::Adapter;
 use crate::model::lora::{Site, SiteAdapter};
@@ -111,6 +112,22 @@ impl<B: Train> Vit<B> {
         be.zero(pooled.head_mut(n))?;
         let share = 1.0 / self.cfg.patches() as f32;
         be.embed_bwd(pooled.head_mut(n), room.patches.head(patches), &pass.image, share)
+    }
+
+    /// The input of block `i`'s q, k and v in the last pass. Blocks without a backward share one place for theirs, so it is made again.
+    pub(super) fn attention_input<'s>(&self, i: usize, saved: &'s mut VitSaved<B>) -> Result<&'s B::Buf<B::Act>> {
+        let (n, set, [w, b]) = (saved.pass.rows() * self.cfg.hidden, saved.set(i), &self.blocks[i].norm1);
+        let h = &mut saved.blocks[set].h[0];
+        self.be.layer_norm(h.head_mut(n), saved.x[i].head(n), w, b, self.cfg.eps)?;
+        Ok(h)
+    }
+
+    /// Appends the first `n` operands as f32.
+    pub(super) fn wide(&self, from: &B::Buf<B::Act>, n: usize, into: &mut Vec<f32>) -> Result<()> {
+        let mut values = vec![B::Act::default(); n];
+        self.be.download(from.head(n), &mut values)?;
+        into.extend(values.into_iter().map(|x| x.to_f64() as f32));
+        Ok(())
     }
 
     /// Logits of the last pass, `[images, classes]`, into `saved.logits`; those of `forbidden` classes are -inf.

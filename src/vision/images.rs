@@ -9,6 +9,35 @@ pub struct Images {
     pixels: Vec<f32>,
 }
 
+/// Images with the classes that they belong to.
+#[derive(Clone, Debug, Default)]
+pub struct Examples {
+    /// The images.
+    pub images: Images,
+    /// Their classes.
+    pub labels: Vec<u32>,
+}
+
+impl Examples {
+    /// Of an image and a label each.
+    ///
+    /// # Errors
+    /// `Shape` for other numbers of labels than of images.
+    pub fn new(images: Images, labels: Vec<u32>) -> Result<Self> {
+        ensure!(images.len() == labels.len(), Shape, "{} labels for {} images", labels.len(), images.len());
+        Ok(Self { images, labels })
+    }
+
+    /// These examples, in this order.
+    ///
+    /// # Errors
+    /// `Shape` for an example that is not there.
+    pub fn pick(&self, which: &[usize]) -> Result<Self> {
+        let images = self.images.pick(which)?;
+        Ok(Self { images, labels: which.iter().map(|&i| self.labels[i]).collect() })
+    }
+}
+
 /// How images are enlarged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scaling {

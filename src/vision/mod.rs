@@ -8,6 +8,7 @@
 #[doc = include_str!("../../docs/vision.md")]
 struct Guide;
 
+mod adapters;
 mod backward;
 pub mod config;
 pub mod files;
@@ -19,9 +20,10 @@ mod saved;
 mod trainer;
 mod weights;
 
+pub use adapters::{adapter, adapter_of};
 pub use config::{Pool, VitConfig};
-pub use images::{Images, Scaling};
+pub use images::{Examples, Images, Scaling};
 pub use roles::{BlockRole, VitRole, VitSource};
 pub use saved::VitSaved;
-pub use trainer::{Examples, LoraModule, NamedValues, Score, VisionStep, VisionTrainer, adapter, adapter_of};
+pub use trainer::{Moments, Score, VisionStep, VisionTrainer};
 pub use weights::{Fresh, Masters, TrainedVit, Trains, Vit};

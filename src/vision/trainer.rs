@@ -1,85 +1,17 @@
 //! [`VisionTrainer`]: a vision transformer, what of it trains, an optimiser, and the room for passes.
 
-use super::images::Images;
+use std::ops::Range;
+
+use super::images::{Examples, Images};
 use super::saved::VitSaved;
 use super::weights::{Masters, Vit};
 use crate::backend::{Buffer, Train};
 use crate::error::{Result, bail, ensure};
-use crate::model::lora::{ModuleSpec, ModuleValues};
-use crate::model::roles::LayerRole;
-use crate::model::{Adapter, Param};
+use crate::model::{Adapter, Param, Place};
 use crate::train::optim::{Optimizer, Settings, Stepped};
 
-/// Images with the classes that they belong to.
-#[derive(Clone, Debug, Default)]
-pub struct Examples {
-    /// The images.
-    pub images: Images,
-    /// Their classes.
-    pub labels: Vec<u32>,
-}
-
-impl Examples {
-    /// Of an image and a label each.
-    ///
-    /// # Errors
-    /// `Shape` for other numbers of labels than of images.
-    pub fn new(images: Images, labels: Vec<u32>) -> Result<Self> {
-        ensure!(images.len() == labels.len(), Shape, "{} labels for {} images", labels.len(), images.len());
-        Ok(Self { images, labels })
-    }
-
-    /// These examples, in this order.
-    ///
-    /// # Errors
-    /// `Shape` for an example that is not there.
-    pub fn pick(&self, which: &[usize]) -> Result<Self> {
-        let images = self.images.pick(which)?;
-        Ok(Self { images, labels: which.iter().map(|&i| self.labels[i]).collect() })
-    }
-}
-
-/// A tensor that trains, on the host.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NamedValues {
-    /// The parameter's name.
-    pub name: String,
-    /// `[rows, cols]`; a vector has one row.
-    pub shape: [usize; 2],
-    /// Its values, or its gradient, row-major.
-    pub values: Vec<f32>,
-}
-
-/// Where a LoRA module's matrices lie among the parameters. Modules with one input stack their A in one parameter.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraModule {
-    /// Which linear of which block; fc1 is [`Up`](crate::model::roles::LayerRole::Up), fc2 is
-    /// [`Down`](crate::model::roles::LayerRole::Down).
-    pub spec: ModuleSpec,
-    /// Inputs of the linear.
-    pub input: usize,
-    /// Its outputs.
-    pub output: usize,
-    /// Parameter that holds A `[rank, input]`, in its rows `a_row ..`.
-    pub a: String,
-    /// First row of A in it.
-    pub a_row: usize,
-    /// Parameter that is B `[output, rank]`.
-    pub b: String,
-}
-
-impl LoraModule {
-    /// A, or its gradient, among what [`VisionTrainer::values`] or [`VisionTrainer::gradient`] gave.
-    pub fn a_of<'v>(&self, all: &'v [NamedValues]) -> Option<&'v [f32]> {
-        let p = all.iter().find(|p| p.name == self.a)?;
-        p.values.get(self.a_row * self.input..(self.a_row + self.spec.rank) * self.input)
-    }
-
-    /// B alike.
-    pub fn b_of<'v>(&self, all: &'v [NamedValues]) -> Option<&'v [f32]> {
-        all.iter().find(|p| p.name == self.b).map(|p| &p.values[..])
-    }
-}
+/// An optimiser's states by name.
+pub type Moments = Vec<(String, Vec<f32>)>;
 
 /// How well labels were predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -154,72 +86,115 @@ impl<B: Train> VisionTrainer<B> {
         params(&self.masters, &self.adapter)
     }
 
-    /// The adapter's modules, block by block, in the order of the forward pass.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn modules(&self) -> Result<Vec<LoraModule>> {
-        let Some(adapter) = &self.adapter else { return Ok(Vec::new()) };
-        Ok(adapter
-            .places()
-            .map(|(spec, a, a_row, b)| LoraModule {
-                spec,
-                input: a.shape[1],
-                output: b.shape[0],
-                a: a.name.clone(),
-                a_row,
-                b: b.name.clone(),
-            })
-            .collect())
+    /// The adapter's modules, block by block, in the order of the forward pass, with the places of their A and B among
+    /// [`VisionTrainer::values`]. Of an MLP fc1 is [`Up`](crate::model::roles::LayerRole::Up), fc2 [`Down`](crate::model::roles::LayerRole::Down).
+    pub fn places(&self) -> Vec<Place> {
+        // The adapter's tensors come first.
+        self.adapter.as_ref().map(|a| a.places()).unwrap_or_default()
     }
 
-    /// The values of every parameter, in the order of [`VisionTrainer::params`].
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn values(&self) -> Result<Vec<NamedValues>> {
-        let be = self.vit.backend();
-        let one = |p: &Param<B>| Ok(NamedValues { name: p.name.clone(), shape: p.shape, values: p.to_host(be)? });
-        self.params().map(one).collect()
-    }
-
-    /// Gives parameters new values; those that are not named keep theirs. Nothing changes where one does not fit.
-    ///
-    /// # Errors
-    /// `Usage` for a name that there is not, `Shape` for another number of values; the device's.
-    pub fn set_values<'v>(&mut self, values: impl IntoIterator<Item = (&'v str, &'v [f32])> + Clone) -> Result<()> {
-        for (name, v) in values.clone() {
-            let Some(p) = self.params().find(|p| p.name == name) else { bail!(Usage, "no parameter {name} trains") };
-            ensure!(p.len() == v.len(), Shape, "{name}: {} values for {:?}", v.len(), p.shape);
-        }
-        let Self { vit, masters, adapter, .. } = self;
-        for (name, v) in values {
-            for p in params_mut(masters, adapter).filter(|p| p.name == name) {
-                let n = p.len();
-                vit.be.upload_acc(p.w.head_mut(n), v)?;
+    /// Where a parameter lies among [`VisionTrainer::values`] and gradients.
+    pub fn span(&self, name: &str) -> Option<Range<usize>> {
+        let mut at = 0;
+        for p in self.params() {
+            if p.name == name {
+                return Some(at..at + p.len());
             }
+            at += p.len();
+        }
+        None
+    }
+
+    fn len(&self) -> usize {
+        self.params().map(Param::len).sum()
+    }
+
+    /// The values of all parameters, one after another in the order of [`VisionTrainer::params`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn values(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(self.len());
+        for p in self.params() {
+            all.extend(p.to_host(self.vit.backend())?);
+        }
+        Ok(all)
+    }
+
+    /// Sets the values of all parameters; the optimiser stays as it is.
+    ///
+    /// # Errors
+    /// `Shape` for another number of values; the device's.
+    pub fn set_values(&mut self, values: &[f32]) -> Result<()> {
+        ensure!(values.len() == self.len(), Shape, "{} values for {}", values.len(), self.len());
+        let (Self { vit, masters, adapter, .. }, mut rest) = (self, values);
+        for p in params_mut(masters, adapter) {
+            let (own, others) = rest.split_at(p.len());
+            vit.be.upload_acc(p.w.head_mut(own.len()), own)?;
+            rest = others;
         }
         vit.refresh(masters)
     }
 
-    /// The mean loss over examples, and its gradient by every parameter that trains. Nothing is learnt; gradients that were
+    /// Sets the values of one parameter.
+    ///
+    /// # Errors
+    /// `Usage` for a name that there is not, `Shape` for another number of values; the device's.
+    pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        let Self { vit, masters, adapter, .. } = self;
+        let Some(p) = params_mut(masters, adapter).find(|p| p.name == name) else {
+            bail!(Usage, "there is no parameter {name}");
+        };
+        let n = p.len();
+        ensure!(n == values.len(), Shape, "{name}: {} values for {:?}", values.len(), p.shape);
+        vit.be.upload_acc(p.w.head_mut(n), values)?;
+        vit.refresh(masters)
+    }
+
+    /// The gradients accumulated so far, as [`VisionTrainer::values`] lists; 0 for what is frozen.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn gradients(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(self.len());
+        for p in self.params() {
+            let at = all.len();
+            all.resize(at + p.len(), 0.0);
+            if let Some(g) = &p.g {
+                self.vit.backend().download_acc(g.head(p.len()), &mut all[at..])?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Replaces the gradients of what is not frozen: with those of a penalty added, or clipped.
+    ///
+    /// # Errors
+    /// `Shape` for another number of values; the device's.
+    pub fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
+        ensure!(values.len() == self.len(), Shape, "{} gradients for {} values", values.len(), self.len());
+        let (Self { vit, masters, adapter, .. }, mut rest) = (self, values);
+        for p in params_mut(masters, adapter) {
+            let (own, others) = rest.split_at(p.len());
+            if let Some(g) = &mut p.g {
+                vit.be.upload_acc(g.head_mut(own.len()), own)?;
+            }
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// The mean loss over examples, and its gradient as [`VisionTrainer::gradients`] lists. Nothing is learnt; gradients that were
     /// accumulated before are lost.
     ///
     /// # Errors
     /// As [`VisionTrainer::accumulate`].
-    pub fn gradient(&mut self, examples: &Examples, allowed: &[u32]) -> Result<(Score, Vec<NamedValues>)> {
-        self.clear()?;
+    pub fn gradient(&mut self, examples: &Examples, allowed: &[u32]) -> Result<(Score, Vec<f32>)> {
+        self.clear_gradients()?;
         let score = self.accumulate(examples, allowed, 1.0)?;
-        let be = self.vit.backend();
-        let mut gradients = Vec::new();
-        for p in self.params() {
-            let Some(g) = &p.g else { continue };
-            let mut values = vec![0.0; p.len()];
-            be.download_acc(g.head(p.len()), &mut values)?;
-            gradients.push(NamedValues { name: p.name.clone(), shape: p.shape, values });
-        }
-        self.clear()?;
-        Ok((score, gradients))
+        let gradient = self.gradients()?;
+        self.clear_gradients()?;
+        Ok((score, gradient))
     }
 
     /// Adds `weight` times the gradient of the mean loss over examples, however many, to the gradients.
@@ -228,21 +203,6 @@ impl<B: Train> VisionTrainer<B> {
     /// Examples of another size than the model's; labels that are not allowed; the device's.
     pub fn accumulate(&mut self, examples: &Examples, allowed: &[u32], weight: f32) -> Result<Score> {
         self.run(examples, allowed, Some(weight))
-    }
-
-    /// Adds values to the gradient of a parameter: that of a penalty computed elsewhere.
-    ///
-    /// # Errors
-    /// `Usage` for a name of nothing that trains, `Shape` for another number of values; the device's.
-    pub fn add_to_gradient(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let Self { vit, masters, adapter, .. } = self;
-        let p = params_mut(masters, adapter).find(|p| p.name == name);
-        let n = p.as_ref().map_or(0, |p| p.len());
-        let Some(g) = p.and_then(|p| p.g.as_mut()) else { bail!(Usage, "no parameter {name} trains") };
-        ensure!(n == values.len(), Shape, "{name}: {} values for a gradient of {n}", values.len());
-        let mut b = vit.be.alloc(n)?;
-        vit.be.upload_acc(b.head_mut(n), values)?;
-        vit.be.add(g.head_mut(n), b.head(n))
     }
 
     /// Moves the parameters by the gradients that were accumulated, and forgets those.
@@ -256,6 +216,29 @@ impl<B: Train> VisionTrainer<B> {
         Ok(stepped)
     }
 
+    /// [`VisionTrainer::update`] with an L1 pull of strength `l1` towards `reference`, which lists all parameters as
+    /// [`VisionTrainer::values`] does: w = r + soft(w - r, rate times l1).
+    ///
+    /// # Errors
+    /// As [`VisionTrainer::update`]; a reference of other values.
+    pub fn update_towards(&mut self, reference: &[f32], l1: f32) -> Result<Stepped> {
+        ensure!(reference.len() == self.len(), Shape, "a reference of {} values for {}", reference.len(), self.len());
+        let Self { vit, masters, adapter, optimizer, .. } = self;
+        let (mut rest, mut references) = (reference, Vec::new());
+        for p in params(masters, adapter) {
+            let (own, others) = rest.split_at(p.len());
+            if p.g.is_some() {
+                let mut r = vit.be.alloc(own.len())?;
+                vit.be.upload_acc(r.head_mut(own.len()), own)?;
+                references.push(r);
+            }
+            rest = others;
+        }
+        let stepped = optimizer.step_towards(&*vit.be, params_mut(masters, adapter), &references, l1)?;
+        vit.refresh(masters)?;
+        Ok(stepped)
+    }
+
     /// One step on the mean loss over examples.
     ///
     /// # Errors
@@ -263,7 +246,7 @@ impl<B: Train> VisionTrainer<B> {
     pub fn step(&mut self, examples: &Examples, allowed: &[u32]) -> Result<VisionStep> {
         let score = self.accumulate(examples, allowed, 1.0)?;
         if !score.loss.is_finite() {
-            self.clear()?;
+            self.clear_gradients()?;
             bail!(Diverged, "step {}: the loss is {}; lower the learning rate", self.steps() + 1, score.loss);
         }
         Ok(VisionStep { score, stepped: self.update()? })
@@ -279,13 +262,46 @@ impl<B: Train> VisionTrainer<B> {
         self.optimizer.settings()
     }
 
-    /// Begins the optimiser anew, as between tasks: states 0, first step next.
+    /// Begins the optimiser anew with the same settings, as between tasks.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn restart(&mut self) -> Result<()> {
+        let Self { vit, masters, adapter, optimizer, .. } = self;
+        optimizer.restart(&*vit.be, params(masters, adapter))
+    }
+
+    /// Begins anew with an optimiser of other settings.
     ///
     /// # Errors
     /// Impossible settings; no memory.
     pub fn reset_optimizer(&mut self, settings: Settings) -> Result<()> {
         self.optimizer = Optimizer::new(self.vit.backend(), settings, params(&self.masters, &self.adapter))?;
         Ok(())
+    }
+
+    /// Steps and states of the optimiser, by name.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn moments(&self) -> Result<(u64, Moments)> {
+        let states = self.optimizer.to_host(self.vit.backend(), self.params())?;
+        Ok((self.optimizer.steps(), states.into_iter().map(|(name, _, v)| (name, v)).collect()))
+    }
+
+    /// Sets them.
+    ///
+    /// # Errors
+    /// A state that is missing or of another size.
+    pub fn set_moments(&mut self, steps: u64, states: &[(String, Vec<f32>)]) -> Result<()> {
+        let Self { vit, masters, adapter, optimizer, .. } = self;
+        optimizer.restore(&*vit.be, params(masters, adapter), steps, |name, n| {
+            match states.iter().find(|s| s.0 == name) {
+                Some((_, v)) if v.len() == n => Ok(v),
+                Some((_, v)) => bail!(Weights, "{name} has {} values, {n} here", v.len()),
+                None => bail!(Weights, "no state {name} of the optimiser"),
+            }
+        })
     }
 
     /// Loss and accuracy; nothing is learnt.
@@ -331,26 +347,40 @@ impl<B: Train> VisionTrainer<B> {
         let mut all = Vec::with_capacity(images.len() * d);
         for part in self.parts(images)? {
             self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
-            let n = part.len() * d;
-            let mut wide = vec![B::Act::default(); n];
-            self.vit.be.download(self.saved.out.head(n), &mut wide)?;
-            all.extend(wide.into_iter().map(|x| crate::dtype::Real::to_f64(x) as f32));
+            self.vit.wide(&self.saved.out, part.len() * d, &mut all)?;
         }
         Ok(all)
     }
 
-    /// The pooled residual stream behind the first `blocks` blocks (0: the embedding), `[images, hidden]`, not normed.
+    /// The pooled residual stream behind the first `blocks` blocks (0: the embedding), `[images, hidden]`, not normed; with the adapter,
+    /// or `bare`: then nothing that trains beside the model's own blocks changes it.
     ///
     /// # Errors
     /// `Usage` for more blocks than there are; as [`VisionTrainer::logits`].
-    pub fn features_behind(&mut self, images: &Images, blocks: usize) -> Result<Vec<f32>> {
+    pub fn features_behind(&mut self, images: &Images, blocks: usize, bare: bool) -> Result<Vec<f32>> {
         let (d, most) = (self.vit.cfg.hidden, self.vit.cfg.blocks);
         ensure!(blocks <= most, Usage, "features behind block {blocks} of {most}");
         let mut all = Vec::with_capacity(images.len() * d);
         for part in self.parts(images)? {
-            self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
+            self.vit.forward(&part, self.adapter.as_ref().filter(|_| !bare), &mut self.saved)?;
             self.vit.pool(blocks, &mut self.saved)?;
             self.download(|s| &s.pooled, part.len() * d, &mut all)?;
+        }
+        Ok(all)
+    }
+
+    /// The input of a block's q, k and v, `[images * tokens, hidden]`.
+    ///
+    /// # Errors
+    /// `Usage` for a block that there is not; as [`VisionTrainer::logits`].
+    pub fn attention_input(&mut self, images: &Images, block: usize) -> Result<Vec<f32>> {
+        ensure!(block < self.vit.cfg.blocks, Usage, "block {block} of {}", self.vit.cfg.blocks);
+        let row = self.vit.cfg.tokens() * self.vit.cfg.hidden;
+        let mut all = Vec::with_capacity(images.len() * row);
+        for part in self.parts(images)? {
+            self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
+            let h = self.vit.attention_input(block, &mut self.saved)?;
+            self.vit.wide(h, part.len() * row, &mut all)?;
         }
         Ok(all)
     }
@@ -359,7 +389,7 @@ impl<B: Train> VisionTrainer<B> {
     ///
     /// # Errors
     /// The device's.
-    pub fn clear(&mut self) -> Result<()> {
+    pub fn clear_gradients(&mut self) -> Result<()> {
         let Self { vit, masters, adapter, .. } = self;
         for p in params_mut(masters, adapter) {
             let n = p.len();
@@ -436,28 +466,4 @@ fn params_mut<'a, B: Train>(
     adapter: &'a mut Option<Adapter<B>>,
 ) -> impl Iterator<Item = &'a mut Param<B>> {
     adapter.iter_mut().flat_map(|a| a.params_mut()).chain(masters.params_mut())
-}
-
-/// A fresh adapter for a vision transformer, as [`Adapter::init`] makes it; it trains where it is told to ([`Adapter::train`]).
-///
-/// # Errors
-/// A linear that no block has (a gate); no memory.
-pub fn adapter<B: Train>(vit: &Vit<B>, specs: &[ModuleSpec], seed: u64) -> Result<Adapter<B>> {
-    check(specs.iter())?;
-    Adapter::init(vit.backend(), &vit.cfg.decoder_sizes(), specs, seed)
-}
-
-/// An adapter for a vision transformer with these values, as [`Adapter::new`] makes it.
-///
-/// # Errors
-/// As [`adapter`]; values that do not fit.
-pub fn adapter_of<B: Train>(vit: &Vit<B>, modules: &[ModuleValues]) -> Result<Adapter<B>> {
-    check(modules.iter().map(|m| &m.spec))?;
-    Adapter::new(vit.backend(), &vit.cfg.decoder_sizes(), modules)
-}
-
-fn check<'s>(mut specs: impl Iterator<Item = &'s ModuleSpec>) -> Result<()> {
-    let gate = specs.any(|s| s.role == LayerRole::Gate);
-    ensure!(!gate, Config, "a vision transformer's MLP has no gate to adapt");
-    Ok(())
 }

@@ -1,0 +1,99 @@
+//! InfLoRA's spaces (Liang & Li 2024, arXiv:2404.00228): where a task's inputs lie, outside those of older tasks.
+
+use nalgebra::{DMatrix, SymmetricEigen};
+
+use crate::error::{Result, ensure};
+
+/// P C P with P = I - U^T U, and its eigenvectors with their eigenvalues, largest first.
+fn outside(c: &[f64], basis: &[f32], d: usize) -> Result<Vec<(f64, Vec<f64>)>> {
+    ensure!(c.len() == d * d && basis.len() % d.max(1) == 0, Shape, "{} products for inputs of {d}", c.len());
+    let c = DMatrix::from_row_slice(d, d, c);
+    let u = DMatrix::from_row_iterator(basis.len() / d, d, basis.iter().map(|x| f64::from(*x)));
+    let p = DMatrix::identity(d, d) - u.transpose() * u;
+    let eigen = SymmetricEigen::new(&p * c * &p);
+    let mut pairs: Vec<(f64, Vec<f64>)> = (0..d)
+        .map(|i| (eigen.eigenvalues[i].max(0.0), eigen.eigenvectors.column(i).iter().copied().collect()))
+        .collect();
+    pairs.sort_by(|a, b| b.0.total_cmp(&a.0));
+    // A vector and its opposite are the same direction: the largest entry is positive.
+    for (_, v) in &mut pairs {
+        let top = v.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(1.0);
+        if top < 0.0 {
+            v.iter_mut().for_each(|x| *x = -*x);
+        }
+    }
+    Ok(pairs)
+}
+
+/// `rank` rows that span most of what inputs with the products `c` (`[d, d]`, sum of x x^T) have outside `basis`, as long as rows
+/// of a fresh A are in the mean.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn design(c: &[f64], basis: &[f32], d: usize, rank: usize) -> Result<Vec<f32>> {
+    let pairs = outside(c, basis, d)?;
+    ensure!(rank <= d, Shape, "rank {rank} of inputs of {d}");
+    let length = 3f64.powf(-0.5);
+    Ok(pairs[..rank].iter().flat_map(|(_, v)| v.iter().map(move |x| (length * x) as f32)).collect())
+}
+
+/// Extends an orthonormal basis (rows of `d`) until it holds the share `energy` of the products' trace.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn extend(basis: &mut Vec<f32>, c: &[f64], d: usize, energy: f64) -> Result<()> {
+    let pairs = outside(c, basis, d)?;
+    let total: f64 = (0..d).map(|i| c[i * d + i]).sum();
+    let left: f64 = pairs.iter().map(|p| p.0).sum();
+    let mut held = total - left;
+    for (value, v) in pairs {
+        if held >= energy * total || basis.len() >= d * d {
+            break;
+        }
+        held += value;
+        basis.extend(v.iter().map(|x| *x as f32));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    fn products(rows: &[Vec<f64>]) -> Vec<f64> {
+        let d = rows[0].len();
+        let mut c = vec![0.0; d * d];
+        for x in rows {
+            (0..d * d).for_each(|i| c[i] += x[i / d] * x[i % d]);
+        }
+        c
+    }
+
+    #[test]
+    fn designed_rows_span_the_new_inputs_and_leave_the_old_alone() {
+        let mut rng = Rng::new(1);
+        let d = 12;
+        let mut inside = |from: usize, to: usize| -> Vec<f64> {
+            (0..d).map(|i| if (from..to).contains(&i) { f64::from(rng.normal()) } else { 0.0 }).collect()
+        };
+        let old: Vec<_> = (0..40).map(|_| inside(0, 4)).collect();
+        let new: Vec<_> = (0..40).map(|_| inside(2, 7)).collect();
+        let mut basis = Vec::new();
+        extend(&mut basis, &products(&old), d, 0.9999).unwrap();
+        assert_eq!(basis.len(), 4 * d);
+        let rows = design(&products(&new), &basis, d, 3).unwrap();
+        for row in rows.chunks(d) {
+            let norm: f32 = row.iter().map(|x| x * x).sum();
+            assert!((norm - 1.0 / 3.0).abs() < 1e-5);
+            // Outside the old inputs, inside the new ones.
+            assert!(row.iter().enumerate().all(|(i, x)| (4..7).contains(&i) || x.abs() < 1e-5), "{row:?}");
+        }
+        extend(&mut basis, &products(&new), d, 0.9999).unwrap();
+        assert_eq!(basis.len(), 7 * d);
+        let again = basis.clone();
+        extend(&mut basis, &products(&new), d, 0.9999).unwrap();
+        assert_eq!(basis, again);
+        assert!(design(&[0.0; 3], &[], 2, 1).is_err());
+    }
+}

@@ -1,0 +1,102 @@
+//! What a stream of tasks is learnt by: a model with an adapter on it, and the tasks' examples.
+
+use super::layout::Layout;
+use crate::error::Result;
+
+/// A training example: its task, and its place among that task's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Number of the task in the stream.
+    pub task: usize,
+    /// Place.
+    pub index: usize,
+}
+
+/// Where features for the router come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Training examples.
+    Train,
+    /// Test examples.
+    Test,
+}
+
+/// Sees the loss and the values of a step and adds to the gradient.
+pub type OnGradient<'a> = &'a mut dyn FnMut(f64, &[f32], &mut [f32]) -> Result<()>;
+
+/// What a step does besides descending the loss.
+#[derive(Default)]
+pub struct Penalty<'a> {
+    /// Adds the gradient of a penalty, before the gradient is clipped.
+    pub gradient: Option<OnGradient<'a>>,
+    /// Pulls each value towards its reference behind the update: theta = ref + soft(theta - ref, rate times this).
+    pub pull: Option<(&'a [f32], f32)>,
+}
+
+/// Vectors by name: an optimiser's state.
+pub type Moments = Vec<(String, Vec<f32>)>;
+
+/// A model with one adapter, its optimiser, and the examples of a stream's tasks. Values, gradients and references are flat vectors
+/// as its [`Layout`] says. Classes are numbered over the whole stream; tasks may share them.
+pub trait Learner {
+    /// Where modules lie.
+    fn layout(&self) -> &Layout;
+    /// Training and test examples of a task.
+    fn size(&self, task: usize) -> [usize; 2];
+    /// Classes of a task.
+    fn classes(&self, task: usize) -> &[usize];
+    /// The right class of a test example.
+    fn truth(&self, task: usize, index: usize) -> usize;
+    /// All that trains.
+    ///
+    /// # Errors
+    /// The device's.
+    fn values(&self) -> Result<Vec<f32>>;
+    /// Sets all that trains; the optimiser stays as it was.
+    ///
+    /// # Errors
+    /// Another number of values; the device's.
+    fn set_values(&mut self, values: &[f32]) -> Result<()>;
+    /// Lets the optimiser begin anew.
+    ///
+    /// # Errors
+    /// The device's.
+    fn restart(&mut self) -> Result<()>;
+    /// The optimiser's steps and states.
+    ///
+    /// # Errors
+    /// The device's.
+    fn moments(&self) -> Result<(u64, Moments)>;
+    /// Sets them.
+    ///
+    /// # Errors
+    /// A state that is missing or of another size.
+    fn set_moments(&mut self, steps: u64, moments: &Moments) -> Result<()>;
+    /// Mean loss over these examples' labels and its gradient; nothing changes.
+    ///
+    /// # Errors
+    /// The device's.
+    fn gradient(&mut self, samples: &[Sample]) -> Result<(f64, Vec<f32>)>;
+    /// One step on these examples; the loss before it.
+    ///
+    /// # Errors
+    /// `Diverged` where loss or gradient is not finite: nothing has changed then.
+    fn step(&mut self, samples: &[Sample], penalty: Penalty<'_>) -> Result<f64>;
+    /// The likeliest of the allowed classes for each of these test examples of a task.
+    ///
+    /// # Errors
+    /// The device's.
+    fn predict(&mut self, task: usize, examples: &[usize], allowed: &[usize]) -> Result<Vec<usize>>;
+    /// Features of each example of a task that no training changes.
+    ///
+    /// # Errors
+    /// The device's.
+    fn features(&mut self, task: usize, split: Split) -> Result<Vec<Vec<f32>>>;
+    /// For each module, the sum over the rows of these examples of x x^T, `[input, input]`, x its input.
+    ///
+    /// # Errors
+    /// The device's.
+    fn input_products(&mut self, samples: &[Sample]) -> Result<Vec<Vec<f64>>>;
+    /// Tokens (or image patches) of a training example.
+    fn length(&self, sample: Sample) -> usize;
+}
