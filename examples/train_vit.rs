@@ -1,7 +1,7 @@
 //! Trains a small vision transformer from nothing on a table of digits, and writes it as a Hugging Face folder.
 //!
 //! `cargo run --release --example train_vit -- digits.csv.gz OUT [STEPS]`; the table is scikit-learn's (sklearn/datasets/data). The last fifth of
-//! it, written by other people than the rest, is held out.
+//! it is held out.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -102,6 +102,13 @@ impl Images {
         Ok(Self { shape: self.shape, pixels })
     }
 
+    /// Images `first ..` up to `most` of them.
+    pub(super) fn part(&self, first: usize, most: usize) -> Self {
+        let (n, one) = (self.len(), self.values());
+        let pixels = self.pixels[first.min(n) * one..(first + most).min(n) * one].to_vec();
+        Self { shape: self.shape, pixels }
+    }
+
     /// (x - mean) / deviation, each for its channel; one of each serves all channels.
     ///
     /// # Errors

@@ -320,7 +320,7 @@ impl<B: Train> VisionTrainer<B> {
         let forbidden = self.forbidden(allowed)?;
         let classes = self.vit.cfg.classes;
         let mut all = Vec::with_capacity(images.len() * classes);
-        for part in self.parts(images)? {
+        for part in self.parts(images) {
             self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
             self.vit.logits(&forbidden, &mut self.saved)?;
             self.download(|s| &s.logits, part.len() * classes, &mut all)?;
@@ -345,7 +345,7 @@ impl<B: Train> VisionTrainer<B> {
     pub fn features(&mut self, images: &Images) -> Result<Vec<f32>> {
         let d = self.vit.cfg.hidden;
         let mut all = Vec::with_capacity(images.len() * d);
-        for part in self.parts(images)? {
+        for part in self.parts(images) {
             self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
             self.vit.wide(&self.saved.out, part.len() * d, &mut all)?;
         }
@@ -361,7 +361,7 @@ impl<B: Train> VisionTrainer<B> {
         let (d, most) = (self.vit.cfg.hidden, self.vit.cfg.blocks);
         ensure!(blocks <= most, Usage, "features behind block {blocks} of {most}");
         let mut all = Vec::with_capacity(images.len() * d);
-        for part in self.parts(images)? {
+        for part in self.parts(images) {
             self.vit.forward(&part, self.adapter.as_ref().filter(|_| !bare), &mut self.saved)?;
             self.vit.pool(blocks, &mut self.saved)?;
             self.download(|s| &s.pooled, part.len() * d, &mut all)?;
@@ -377,7 +377,7 @@ impl<B: Train> VisionTrainer<B> {
         ensure!(block < self.vit.cfg.blocks, Usage, "block {block} of {}", self.vit.cfg.blocks);
         let row = self.vit.cfg.tokens() * self.vit.cfg.hidden;
         let mut all = Vec::with_capacity(images.len() * row);
-        for part in self.parts(images)? {
+        for part in self.parts(images) {
             self.vit.forward(&part, self.adapter.as_ref(), &mut self.saved)?;
             let h = self.vit.attention_input(block, &mut self.saved)?;
             self.vit.wide(h, part.len() * row, &mut all)?;
@@ -407,9 +407,9 @@ impl<B: Train> VisionTrainer<B> {
     }
 
     /// Images in passes.
-    fn parts(&self, images: &Images) -> Result<Vec<Images>> {
-        let all: Vec<usize> = (0..images.len()).collect();
-        all.chunks(self.saved.images).map(|part| images.pick(part)).collect()
+    fn parts<'i>(&self, images: &'i Images) -> impl Iterator<Item = Images> + use<'i, B> {
+        let most = self.saved.images;
+        (0..images.len()).step_by(most).map(move |first| images.part(first, most))
     }
 
     fn forbidden(&self, allowed: &[u32]) -> Result<Vec<u32>> {
