@@ -25,5 +25,6 @@ pub mod rng;
 pub mod speculative;
 pub mod tensor;
 pub mod train;
+pub mod vision;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,5 +1,6 @@
 //! The specification's backward operations against central differences of its forward ones, in f64, at the sizes of the table.
 
+use quadriga::backend::host::HostBuf;
 use quadriga::backend::naive::Naive;
 use quadriga::backend::{Backend, Group, Ranks, Train, Write};
 use quadriga::bench::training::{EPS, Loss, PreparedTrain, SCALE, TrainOp, TrainSetup, lists};
@@ -112,6 +113,59 @@ fn rms_norm() {
         };
         agrees(&format!("rms_norm by x, {op}"), &dx, &x, size(&dw), |x| value(x, &w));
         agrees(&format!("rms_norm by w, {op}"), &dw, &w, 0.0, |w| value(&x, w));
+    }
+}
+
+fn buf(values: &[f64]) -> HostBuf<f64> {
+    let mut b = Naive.alloc(values.len()).unwrap();
+    b.copy_from_slice(values);
+    b
+}
+
+#[test]
+fn layer_norm() {
+    // One column is its own mean: nothing moves.
+    let adds = |op: &TrainOp| matches!(op, TrainOp::LayerNormBwd { dw: true, write: Write::Add, d, .. } if *d > 1);
+    for (op, mut p) in table(adds) {
+        let before = p.acc(1).to_vec();
+        let dx = added(&mut p, 0);
+        let dw: Vec<f64> = p.acc(1).iter().zip(before).map(|(after, before)| after - before).collect();
+        let (dy, x, w) = (p.acc(2).to_vec(), p.acc(3).to_vec(), p.acc(4).to_vec());
+        let b = normals(&mut Rng::new(3), w.len());
+        let value = |x: &[f64], w: &[f64], b: &[f64]| {
+            let mut y = vec![0.0; x.len()];
+            Naive.layer_norm(&mut y, x, &buf(w), &buf(b), EPS).unwrap();
+            dot(&y, &dy)
+        };
+        agrees(&format!("layer_norm by x, {op}"), &dx, &x, size(&dw), |x| value(x, &w, &b));
+        agrees(&format!("layer_norm by w, {op}"), &dw, &w, 0.0, |w| value(&x, w, &b));
+        let mut db = vec![0.0; w.len()];
+        Naive.column_sums(&mut db, &dy).unwrap();
+        agrees(&format!("layer_norm by b, {op}"), &db, &b, 0.0, |b| value(&x, &w, b));
+    }
+}
+
+#[test]
+fn gelu_and_layer_scale() {
+    for (op, mut p) in table(|op| matches!(op, TrainOp::GeluBwd { .. })) {
+        p.run().unwrap();
+        let [dx, dy, x] = [0, 1, 2].map(|i| p.acc(i).to_vec());
+        agrees(&format!("gelu by x, {op}"), &dx, &x, 0.0, |x| {
+            let mut y = vec![0.0; x.len()];
+            Naive.gelu(&mut y, x).unwrap();
+            dot(&y, &dy)
+        });
+    }
+    for (op, mut p) in table(|op| matches!(op, TrainOp::AddScaledBwd { dw: true, .. })) {
+        let dw = added(&mut p, 1);
+        let [dx, _, dy, x, w] = [0, 1, 2, 3, 4].map(|i| p.acc(i).to_vec());
+        let value = |x: &[f64], w: &[f64]| {
+            let mut y = vec![1.0; x.len()];
+            Naive.add_scaled(&mut y, x, &buf(w)).unwrap();
+            dot(&y, &dy)
+        };
+        agrees(&format!("add_scaled by x, {op}"), &dx, &x, 0.0, |x| value(x, &w));
+        agrees(&format!("add_scaled by w, {op}"), &dw, &w, 0.0, |w| value(&x, w));
     }
 }
 

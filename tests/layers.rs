@@ -36,9 +36,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     // Backends take plain settings (the activation) from the configuration, and nothing else of the model.
     ("backend", &["tensor", "dtype", "perf", "rng", "model::config"]),
     ("model", &["backend", "tensor", "dtype", "rng"]),
-    ("format", &["model::config", "model::roles", "files", "tensor", "dtype"]),
+    ("format", &["model::config", "model::roles", "vision::config", "vision::roles", "files", "tensor", "dtype"]),
     ("decode", &["model", "backend", "tensor", "dtype", "rng"]),
     ("train", &["decode", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
+    ("vision", &["train", "model", "backend", "tensor", "dtype", "rng", "files"]),
     ("speculative", &["decode", "train", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
     ("diffusion", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("continual", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),

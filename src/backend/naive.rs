@@ -1,7 +1,10 @@
 //! The specification: every op as the shortest correct f64 loop. For tiny models and for tests of the other backends.
 
+mod encoder;
 mod sampling;
 mod train;
+
+pub use encoder::normal_cdf;
 
 use super::host::HostBuf;
 use super::sampling::{check_forbidden, check_penalties, width};

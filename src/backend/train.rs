@@ -237,6 +237,61 @@ pub trait Train: Backend {
         write: Write,
     ) -> Result<()>;
 
+    /// y = w (x - mean) s + b for each row of width `w.len()`, s = 1 / sqrt(mean((x - mean)^2) + eps) (Ba et al. 2016,
+    /// arXiv:1607.06450).
+    fn layer_norm(
+        &self,
+        y: Out<'_, Self, Self::Act>,
+        x: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+        b: &Self::Buf<Self::Acc>,
+        eps: f32,
+    ) -> Result<()>;
+
+    /// Of y = [`Train::layer_norm`]: with u = w dy and h = (x - mean) s, dx (+)= s (u - mean(u) - h mean(u h)) and dw += sum over
+    /// rows of dy h. The gradient of b is [`Train::column_sums`].
+    #[allow(clippy::too_many_arguments)]
+    fn layer_norm_bwd(
+        &self,
+        dx: Out<'_, Self, Self::Acc>,
+        dw: Option<Out<'_, Self, Self::Acc>>,
+        dy: In<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+        eps: f32,
+        write: Write,
+    ) -> Result<()>;
+
+    /// y = x Phi(x), Phi the distribution function of the normal law: GELU without an approximation (Hendrycks & Gimpel 2016,
+    /// arXiv:1606.08415).
+    fn gelu(&self, y: Out<'_, Self, Self::Act>, x: In<'_, Self, Self::Acc>) -> Result<()>;
+
+    /// Of [`Train::gelu`]: dx = dy (Phi(x) + x Phi'(x)).
+    fn gelu_bwd(
+        &self,
+        dx: Out<'_, Self, Self::Acc>,
+        dy: In<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Acc>,
+    ) -> Result<()>;
+
+    /// y\[r, i\] += w\[i\] x\[r, i\]: a residual sum with LayerScale (Touvron et al. 2021, arXiv:2103.17239).
+    fn add_scaled(
+        &self,
+        y: Out<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+    ) -> Result<()>;
+
+    /// Of [`Train::add_scaled`]: dx = w dy, and dw += sum over rows of dy x.
+    fn add_scaled_bwd(
+        &self,
+        dx: Out<'_, Self, Self::Acc>,
+        dw: Option<Out<'_, Self, Self::Acc>>,
+        dy: In<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Acc>,
+        w: &Self::Buf<Self::Acc>,
+    ) -> Result<()>;
+
     /// Of z = [`Backend::glu`]: dgate = dz up act'(gate), dup = dz act(gate).
     fn glu_bwd(
         &self,

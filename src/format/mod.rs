@@ -27,6 +27,8 @@ pub mod safetensors;
 pub mod tokenizer;
 mod tokenizer_gguf;
 mod tokenizer_json;
+pub mod vit;
+mod vit_names;
 pub mod write_model;
 
 pub use chat_template::{ChatTemplate, Message};

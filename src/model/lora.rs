@@ -73,7 +73,7 @@ impl<B: Backend> Param<B> {
 
 /// The places of a layer whose inputs adapters read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Site {
+pub(crate) enum Site {
     Qkv,
     O,
     GateUp,
@@ -138,10 +138,10 @@ pub(super) struct Module<B: Backend> {
 }
 
 /// The adapters of the linears that read one input.
-pub(super) struct SiteAdapter<B: Backend> {
-    pub(super) ranks: usize,
+pub(crate) struct SiteAdapter<B: Backend> {
+    pub(crate) ranks: usize,
     /// `[ranks, in]`: the modules' A, one below the other.
-    pub(super) a: Param<B>,
+    pub(crate) a: Param<B>,
     pub(super) modules: Vec<Module<B>>,
 }
 
@@ -274,12 +274,18 @@ impl<B: Train> Adapter<B> {
         self.layers.iter().position(|sites| sites.iter().flatten().any(SiteAdapter::trains))
     }
 
-    pub(super) fn site(&self, layer: usize, site: Site) -> Option<&SiteAdapter<B>> {
+    pub(crate) fn site(&self, layer: usize, site: Site) -> Option<&SiteAdapter<B>> {
         self.layers[layer][site as usize].as_ref()
     }
 
-    pub(super) fn site_mut(&mut self, layer: usize, site: Site) -> Option<&mut SiteAdapter<B>> {
+    pub(crate) fn site_mut(&mut self, layer: usize, site: Site) -> Option<&mut SiteAdapter<B>> {
         self.layers[layer][site as usize].as_mut()
+    }
+
+    /// Most ranks at each of the four sites: q, k and v; o; gate and up; down.
+    pub(crate) fn ranks(&self) -> [usize; 4] {
+        let at = |site: usize| self.layers.iter().filter_map(|l| l[site].as_ref()).map(|s| s.ranks).max().unwrap_or(0);
+        [0, 1, 2, 3].map(at)
     }
 
     /// Most ranks that modules with one input have together.
@@ -325,14 +331,14 @@ impl<B: Train> SiteAdapter<B> {
     }
 
     /// h = A x.
-    pub(super) fn shrink(&self, be: &B, h: Out<'_, B, B::Acc>, x: In<'_, B, B::Act>, rows: usize) -> Result<()> {
+    pub(crate) fn shrink(&self, be: &B, h: Out<'_, B, B::Acc>, x: In<'_, B, B::Act>, rows: usize) -> Result<()> {
         be.lora_shrink(h, x, self.ranks, &[Group { rows, matrix: self.a.values(), scale: 1.0 }])
     }
 
     /// y (+)= W x (+ bias), and scale B h where the linear is adapted; `site` is what its input is shrunk by, with what
     /// that gave.
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn linear(
+    pub(crate) fn linear(
         be: &B,
         site: Option<(&Self, In<'_, B, B::Acc>)>,
         role: LayerRole,
@@ -352,7 +358,7 @@ impl<B: Train> SiteAdapter<B> {
 
     /// From the gradients `dys` of the linears' outputs: the adapters' gradients, and in `dh` that of what
     /// [`SiteAdapter::shrink`] gave, `h`.
-    pub(super) fn backward(
+    pub(crate) fn backward(
         &mut self,
         be: &B,
         dys: &[(LayerRole, In<'_, B, B::Acc>)],

@@ -163,6 +163,15 @@ kernels! {
         SQUARE_SUMS: SquareSums = "square_sums";
         SOFTMAX_ROWS: SoftmaxRows = "softmax_rows";
     }
+    "encoder" {
+        LAYER_NORM: LayerNorm = "layer_norm";
+        LAYER_NORM_BWD: LayerNormBwd = "layer_norm_bwd";
+        COLUMN_DOTS: ColumnDots = "column_dots";
+        GELU: Gelu = "gelu";
+        GELU_BWD: GeluBwd = "gelu_bwd";
+        ADD_SCALED: AddScaled = "add_scaled";
+        SCALE_COLUMNS: ScaleColumns = "scale_columns";
+    }
     "optim" {
         OPTIMIZE: Optimize = "optimize";
     }

@@ -1,6 +1,7 @@
 //! The ops of [`Train`]: rows and whole tensors here, the others in the modules below.
 
 mod attention;
+mod encoder;
 mod lora;
 mod loss;
 mod products;
@@ -163,6 +164,53 @@ impl Train for Cuda {
         let args = args::RmsNormBwd::new(dx, inverse, dy, x, w.all(), rows as u32, d as u32, eps, add(write))?;
         self.rows_launch(k::RMS_NORM_BWD, args, rows)?;
         dw.map_or(Ok(()), |dw| self.sum_columns(&mut small, dw, dy, Some((x, at)), rows))
+    }
+
+    fn layer_norm(
+        &self,
+        y: Dst<'_, bf16>,
+        x: Src<'_, f32>,
+        w: &CudaBuf<f32>,
+        b: &CudaBuf<f32>,
+        eps: f32,
+    ) -> Result<()> {
+        self.run_layer_norm(y, x, w, b, eps)
+    }
+
+    fn layer_norm_bwd(
+        &self,
+        dx: Dst<'_, f32>,
+        dw: Option<Dst<'_, f32>>,
+        dy: Src<'_, f32>,
+        x: Src<'_, f32>,
+        w: &CudaBuf<f32>,
+        eps: f32,
+        write: Write,
+    ) -> Result<()> {
+        self.run_layer_norm_bwd(dx, dw, dy, x, w, eps, write)
+    }
+
+    fn gelu(&self, y: Dst<'_, bf16>, x: Src<'_, f32>) -> Result<()> {
+        self.run_gelu(y, x)
+    }
+
+    fn gelu_bwd(&self, dx: Dst<'_, f32>, dy: Src<'_, f32>, x: Src<'_, f32>) -> Result<()> {
+        self.run_gelu_bwd(dx, dy, x)
+    }
+
+    fn add_scaled(&self, y: Dst<'_, f32>, x: Src<'_, f32>, w: &CudaBuf<f32>) -> Result<()> {
+        self.run_add_scaled(y, x, w)
+    }
+
+    fn add_scaled_bwd(
+        &self,
+        dx: Dst<'_, f32>,
+        dw: Option<Dst<'_, f32>>,
+        dy: Src<'_, f32>,
+        x: Src<'_, f32>,
+        w: &CudaBuf<f32>,
+    ) -> Result<()> {
+        self.run_add_scaled_bwd(dx, dw, dy, x, w)
     }
 
     fn glu_bwd(

@@ -1,13 +1,13 @@
 //! The specification of training.
 
-use super::{Matrix, Naive, activate, dot, rms};
+use super::{Matrix, Naive, activate, dot, encoder, rms};
 use crate::backend::host::HostBuf;
 use crate::backend::sampling::width;
 use crate::backend::{AttnSpec, Group, Ranks, Step, TAIL, Target, Train, Update, Visible, Write};
 use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 
-fn put(write: Write, to: &mut f64, x: f64) {
+pub(super) fn put(write: Write, to: &mut f64, x: f64) {
     match write {
         Write::Set => *to = x,
         Write::Add => *to += x,
@@ -199,6 +199,52 @@ impl Train for Naive {
                 (0..d).for_each(|i| dw[i] += dy[i] * x[i] * s);
             }
         }
+        Ok(())
+    }
+
+    fn layer_norm(&self, y: &mut [f64], x: &[f64], w: &HostBuf<f64>, b: &HostBuf<f64>, eps: f32) -> Result<()> {
+        encoder::layer_norm(y, x, w, b, eps);
+        Ok(())
+    }
+
+    fn layer_norm_bwd(
+        &self,
+        dx: &mut [f64],
+        dw: Option<&mut [f64]>,
+        dy: &[f64],
+        x: &[f64],
+        w: &HostBuf<f64>,
+        eps: f32,
+        write: Write,
+    ) -> Result<()> {
+        encoder::layer_norm_bwd(dx, dw, dy, x, w, eps, write);
+        Ok(())
+    }
+
+    fn gelu(&self, y: &mut [f64], x: &[f64]) -> Result<()> {
+        encoder::gelu(y, x);
+        Ok(())
+    }
+
+    fn gelu_bwd(&self, dx: &mut [f64], dy: &[f64], x: &[f64]) -> Result<()> {
+        encoder::gelu_bwd(dx, dy, x);
+        Ok(())
+    }
+
+    fn add_scaled(&self, y: &mut [f64], x: &[f64], w: &HostBuf<f64>) -> Result<()> {
+        encoder::add_scaled(y, x, w);
+        Ok(())
+    }
+
+    fn add_scaled_bwd(
+        &self,
+        dx: &mut [f64],
+        dw: Option<&mut [f64]>,
+        dy: &[f64],
+        x: &[f64],
+        w: &HostBuf<f64>,
+    ) -> Result<()> {
+        encoder::add_scaled_bwd(dx, dw, dy, x, w);
         Ok(())
     }
 

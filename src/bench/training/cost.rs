@@ -45,6 +45,18 @@ pub(super) fn cost(op: &TrainOp, weights: usize, pairs: usize, s: Sizes) -> Cost
             let (bytes, flops) = if dw { (2 * d, 3 * rows * d) } else { (0, 0) };
             (((2 + added(write)) * rows * d + d + bytes) * acc, 10 * rows * d + flops)
         }
+        LayerNorm { rows, d } => ((rows * d + 2 * d) * acc + rows * d * act, 8 * rows * d),
+        LayerNormBwd { rows, d, dw, write } => {
+            let (bytes, flops) = if dw { (2 * d, 4 * rows * d) } else { (0, 0) };
+            (((2 + added(write)) * rows * d + d + bytes) * acc, 15 * rows * d + flops)
+        }
+        Gelu { n } => (n * (acc + act), 10 * n),
+        GeluBwd { n } => (3 * n * acc, 22 * n),
+        AddScaled { rows, d } => ((3 * rows * d + d) * acc, 2 * rows * d),
+        AddScaledBwd { rows, d, dw } => {
+            let (bytes, flops) = if dw { (rows * d + 2 * d, 2 * rows * d) } else { (0, 0) };
+            ((2 * rows * d + d + bytes) * acc, rows * d + flops)
+        }
         GluBwd { rows, d, .. } => (5 * rows * d * acc, 16 * rows * d),
         Attend(a) => {
             let (q, kv, n) = (a.spec.q_dim(), a.spec.kv_dim(), a.rows());

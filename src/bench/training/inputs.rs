@@ -87,6 +87,13 @@ fn buffers(op: &TrainOp, s: &TrainSetup) -> Buffers {
         ColumnSums { rows, d } => (plain(&[d, rows * d]), vec![]),
         RmsNormBwd { rows, d, .. } => (plain(&[rows * d, d, rows * d, rows * d, d]), vec![]),
         GluBwd { rows, d, .. } => (plain(&[rows * d; 5]), vec![]),
+        LayerNorm { rows, d } => (plain(&[rows * d, d, d]), vec![(rows * d, Storage::F32)]),
+        LayerNormBwd { rows, d, .. } | AddScaledBwd { rows, d, .. } => {
+            (plain(&[rows * d, d, rows * d, rows * d, d]), vec![])
+        }
+        Gelu { n } => (plain(&[n]), vec![(n, Storage::F32)]),
+        GeluBwd { n } => (plain(&[n, n, n]), vec![]),
+        AddScaled { rows, d } => (plain(&[rows * d, rows * d, d]), vec![]),
         Attend(a) => {
             let (q, kv) = (a.rows() * a.spec.q_dim(), a.rows() * a.spec.kv_dim());
             (product(a.rows() * a.spec.heads, s.attention, &[q, kv, kv]), vec![(q, Storage::F32)])

@@ -80,7 +80,27 @@ pub fn odd() -> Vec<TrainOp> {
             loss,
         }));
     }
+    encoders(&mut v);
     v
+}
+
+fn encoders(v: &mut Vec<TrainOp>) {
+    for (rows, d) in [(1, 1), (1, 576), (3, 7), (5, 33), (2, 65), (130, 40)] {
+        let bwd = |dw, write| LayerNormBwd { rows, d, dw, write };
+        v.extend([
+            LayerNorm { rows, d },
+            bwd(true, Write::Add),
+            bwd(true, Write::Set),
+            AddScaled { rows, d },
+            AddScaledBwd { rows, d, dw: true },
+            AddScaledBwd { rows, d, dw: false },
+        ]);
+        // One column is its own mean.
+        if d > 1 {
+            v.extend([bwd(false, Write::Add), bwd(false, Write::Set)]);
+        }
+    }
+    v.extend([1, 7, 33, 1000, 4099].into_iter().flat_map(|n| [Gelu { n }, GeluBwd { n }]));
 }
 
 fn linears(v: &mut Vec<TrainOp>) {
@@ -138,6 +158,21 @@ fn loras(v: &mut Vec<TrainOp>) {
             }
         }
     }
+}
+
+/// What a step over 8 images of a ViT-B/16 does beside products and attention.
+fn encoder() -> [TrainOp; 8] {
+    let (rows, d, n) = (8 * 197, 768, 8 * 197 * 3072);
+    [
+        LayerNorm { rows, d },
+        LayerNormBwd { rows, d, dw: true, write: Write::Add },
+        LayerNormBwd { rows, d, dw: false, write: Write::Add },
+        Gelu { n },
+        GeluBwd { n },
+        AddScaled { rows, d },
+        AddScaledBwd { rows, d, dw: true },
+        AddScaledBwd { rows, d, dw: false },
+    ]
 }
 
 /// Rows of a step in [`realistic`].
@@ -219,6 +254,9 @@ pub fn realistic() -> Vec<Case<TrainOp>> {
             ops.extend(UPDATES.map(|update| Optimize { n, rule: Rule { update, reference: false, l1: false } }));
             let update = UPDATES[2];
             ops.push(Optimize { n, rule: Rule { update, reference: true, l1: true } });
+        }
+        if !large {
+            ops.extend(encoder());
         }
         for op in ops {
             let case = Case { op, model, large };

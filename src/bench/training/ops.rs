@@ -153,6 +153,31 @@ pub enum TrainOp {
         d: usize,
         act: Activation,
     },
+    LayerNorm {
+        rows: usize,
+        d: usize,
+    },
+    LayerNormBwd {
+        rows: usize,
+        d: usize,
+        dw: bool,
+        write: Write,
+    },
+    Gelu {
+        n: usize,
+    },
+    GeluBwd {
+        n: usize,
+    },
+    AddScaled {
+        rows: usize,
+        d: usize,
+    },
+    AddScaledBwd {
+        rows: usize,
+        d: usize,
+        dw: bool,
+    },
     Attend(SelfAttn),
     AttendBwd(SelfAttn),
     ScatterRows {
@@ -233,6 +258,12 @@ impl TrainOp {
             ColumnSums { .. } => "column_sums",
             RmsNormBwd { .. } => "rms_norm_bwd",
             GluBwd { .. } => "glu_bwd",
+            LayerNorm { .. } => "layer_norm",
+            LayerNormBwd { .. } => "layer_norm_bwd",
+            Gelu { .. } => "gelu",
+            GeluBwd { .. } => "gelu_bwd",
+            AddScaled { .. } => "add_scaled",
+            AddScaledBwd { .. } => "add_scaled_bwd",
             Attend(_) => "attend",
             AttendBwd(_) => "attend_bwd",
             ScatterRows { .. } => "scatter_rows",
@@ -289,14 +320,16 @@ impl TrainOp {
             ColumnSums { rows, .. } | EmbedBwd { rows, .. } => rows,
             LoraExpand { part, .. } => part.n,
             LoraShrinkBwd { ranks, .. } => ranks,
-            RmsNormBwd { rows, d, .. } => FEW + rows.max(d),
+            RmsNormBwd { rows, d, .. } | LayerNormBwd { rows, d, .. } => FEW + rows.max(d),
+            LayerNorm { d, .. } => FEW + d,
             Attend(a) => FEW + a.spec.head_dim + a.rows(),
             AttendBwd(a) => FEW + a.spec.head_dim + a.rows() * a.spec.heads / a.spec.kv_heads,
             LossRows { vocab, .. } | SoftmaxRows { vocab, .. } => FEW + vocab,
             SmoothL1 { d, .. } => d,
             SqNorm { n } => n,
-            GluBwd { .. } | Optimize { .. } => FEW,
-            Copy { .. } | Zero { .. } | Axpy { .. } | ScatterRows { .. } => 1,
+            GluBwd { .. } | Gelu { .. } | GeluBwd { .. } | Optimize { .. } => FEW,
+            AddScaledBwd { rows, dw: true, .. } => rows,
+            Copy { .. } | Zero { .. } | Axpy { .. } | ScatterRows { .. } | AddScaled { .. } | AddScaledBwd { .. } => 1,
         }
     }
 }
@@ -320,7 +353,7 @@ impl fmt::Display for TrainOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             SetWeight { input, output } => write!(f, "{output}x{input}"),
-            Copy { n } | Zero { n } | Axpy { n } | SqNorm { n } => write!(f, "{n}"),
+            Copy { n } | Zero { n } | Axpy { n } | SqNorm { n } | Gelu { n } | GeluBwd { n } => write!(f, "{n}"),
             LinearFwd { dtype, rows, input, output, bias, write } => {
                 let bias = if bias { " bias" } else { "" };
                 write!(f, "{dtype} {rows}x{input}>{output}{bias}{}", sign(write))
@@ -335,8 +368,11 @@ impl fmt::Display for TrainOp {
                 write!(f, "{dtype} {rows}x{input}<{linears}x{output}+{ranks}")
             }
             LinearBwdW { rows, input, output } => write!(f, "{output}x{input} of {rows}"),
-            ColumnSums { rows, d } | SmoothL1 { rows, d } => write!(f, "{rows}x{d}"),
-            RmsNormBwd { rows, d, dw, write } => {
+            ColumnSums { rows, d } | SmoothL1 { rows, d } | LayerNorm { rows, d } | AddScaled { rows, d } => {
+                write!(f, "{rows}x{d}")
+            }
+            AddScaledBwd { rows, d, dw } => write!(f, "{rows}x{d}{}", if dw { " dw" } else { "" }),
+            RmsNormBwd { rows, d, dw, write } | LayerNormBwd { rows, d, dw, write } => {
                 write!(f, "{rows}x{d}{}{}", if dw { " dw" } else { "" }, sign(write))
             }
             GluBwd { rows, d, act } => write!(f, "{act:?} {rows}x{d}"),

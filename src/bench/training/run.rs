@@ -149,6 +149,16 @@ impl<'b, B: Train> PreparedTrain<'b, B> {
             (GluBwd { act, .. }, [dgate, dup, dz, gate, up], ..) => {
                 be.glu_bwd(out(dgate), out(dup), all(dz), all(gate), all(up), act)
             }
+            (LayerNorm { .. }, [x, w, b], [y], _) => be.layer_norm(out(y), all(x), w, b, EPS),
+            (LayerNormBwd { dw: asked, write, .. }, [dx, dw, dy, x, w], ..) => {
+                be.layer_norm_bwd(out(dx), asked.then(|| out(dw)), all(dy), all(x), w, EPS, write)
+            }
+            (Gelu { .. }, [x], [y], _) => be.gelu(out(y), all(x)),
+            (GeluBwd { .. }, [dx, dy, x], ..) => be.gelu_bwd(out(dx), all(dy), all(x)),
+            (AddScaled { .. }, [y, x, w], ..) => be.add_scaled(out(y), all(x), w),
+            (AddScaledBwd { dw: asked, .. }, [dx, dw, dy, x, w], ..) => {
+                be.add_scaled_bwd(out(dx), asked.then(|| out(dw)), all(dy), all(x), w)
+            }
             (Attend(a), [lse, q, k, v], [y], _) => {
                 be.attend(out(y), out(lse), all(q), all(k), all(v), visible, &a.spec)
             }
@@ -200,8 +210,10 @@ impl<'b, B: Train> PreparedTrain<'b, B> {
         }
         let sums: Vec<usize> = match self.op {
             SqNorm { .. } => return Ok(vec![vec![self.norm]]),
+            LayerNorm { .. } | Gelu { .. } => vec![],
             AttendBwd(_) => (0..3).collect(),
-            RmsNormBwd { dw: true, .. } | GluBwd { .. } | LossRows { .. } | SmoothL1 { .. } => vec![0, 1],
+            RmsNormBwd { dw: true, .. } | LayerNormBwd { dw: true, .. } | AddScaledBwd { dw: true, .. } => vec![0, 1],
+            GluBwd { .. } | LossRows { .. } | SmoothL1 { .. } => vec![0, 1],
             Optimize { rule, .. } => [0].into_iter().chain(3..3 + rule.update.states()).collect(),
             _ => vec![0],
         };
@@ -209,7 +221,7 @@ impl<'b, B: Train> PreparedTrain<'b, B> {
         for i in sums {
             values.push(download::<B, B::Acc>(self.be, all(&acc[i]), acc[i].len())?);
         }
-        if let Attend(_) = self.op {
+        if let Attend(_) | LayerNorm { .. } | Gelu { .. } = self.op {
             values.push(download::<B, B::Act>(self.be, all(&act[0]), act[0].len())?);
         }
         Ok(values)

@@ -1,4 +1,5 @@
 use super::*;
+use crate::backend::naive::normal_cdf;
 use crate::rng::Rng;
 
 struct Map<F>(F, Vec<f32>);
@@ -33,6 +34,8 @@ macro_rules! function {
 function!(Exp, s, x, math::exp(s, x));
 function!(Silu, s, x, math::silu(s, x));
 function!(Gelu, s, x, math::gelu_tanh(s, x));
+function!(ExactGelu, s, x, math::gelu(s, x));
+function!(ExactSlope, s, x, math::gelu_slope(s, x));
 
 fn ulps(got: f32, want: f64) -> f64 {
     let w = want as f32;
@@ -79,6 +82,25 @@ fn gates_are_close() {
             let tol = (3e-7 + 5e-7 * u.abs().min(90.0)) * gelu.abs() + 1e-15;
             assert!((g[i] as f64 - gelu).abs() <= tol, "{tier}: gelu({x}) = {} not {gelu}", g[i]);
         }
+    }
+}
+
+#[test]
+fn gelu_without_tanh_keeps_the_digits_of_its_tail() {
+    let xs: Vec<f32> = (0..100_000).map(|i| -12.0 + i as f32 * 2.4e-4).chain([1e30, 0.0]).collect();
+    for tier in Tier::available() {
+        let (y, slope) = (dispatch(tier, Map(ExactGelu, xs.clone())), dispatch(tier, Map(ExactSlope, xs.clone())));
+        for (i, &x) in xs.iter().enumerate() {
+            let x = x as f64;
+            let (cdf, density) = (normal_cdf(x), (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt());
+            // The exponent of the tail is rounded.
+            let tol = (6e-7 + if x < 0.0 { 6e-8 * x * x } else { 0.0 }) * (x * cdf).abs();
+            assert!((y[i] as f64 - x * cdf).abs() <= tol, "{tier}: gelu({x}) = {} not {}", y[i], x * cdf);
+            let want = cdf + if density > 0.0 { x * density } else { 0.0 };
+            assert!((slope[i] as f64 - want).abs() <= 4e-7, "{tier}: gelu'({x}) = {} not {want}", slope[i]);
+        }
+        let edges = dispatch(tier, Map(ExactGelu, vec![f32::NEG_INFINITY, f32::INFINITY, f32::NAN]));
+        assert!(edges[0] == 0.0 && edges[1] == f32::INFINITY && edges[2].is_nan(), "{tier}: {edges:?}");
     }
 }
 

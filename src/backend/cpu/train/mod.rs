@@ -1,6 +1,7 @@
 //! Training on the CPU: [`Train`] for [`Cpu`].
 
 mod attention;
+mod encoder;
 mod loss;
 mod optim;
 mod rows;
@@ -138,6 +139,46 @@ impl Train for Cpu {
         write: Write,
     ) -> Result<()> {
         self.rms_norm_bwd(dx, dw, dy, x, w, eps, write)
+    }
+
+    fn layer_norm(&self, y: &mut [f32], x: &[f32], w: &HostBuf<f32>, b: &HostBuf<f32>, eps: f32) -> Result<()> {
+        self.layer_norm(y, x, w, b, eps)
+    }
+
+    fn layer_norm_bwd(
+        &self,
+        dx: &mut [f32],
+        dw: Option<&mut [f32]>,
+        dy: &[f32],
+        x: &[f32],
+        w: &HostBuf<f32>,
+        eps: f32,
+        write: Write,
+    ) -> Result<()> {
+        self.layer_norm_bwd(dx, dw, dy, x, w, eps, write)
+    }
+
+    fn gelu(&self, y: &mut [f32], x: &[f32]) -> Result<()> {
+        self.gelu(y, x)
+    }
+
+    fn gelu_bwd(&self, dx: &mut [f32], dy: &[f32], x: &[f32]) -> Result<()> {
+        self.gelu_bwd(dx, dy, x)
+    }
+
+    fn add_scaled(&self, y: &mut [f32], x: &[f32], w: &HostBuf<f32>) -> Result<()> {
+        self.add_scaled(y, x, w)
+    }
+
+    fn add_scaled_bwd(
+        &self,
+        dx: &mut [f32],
+        dw: Option<&mut [f32]>,
+        dy: &[f32],
+        x: &[f32],
+        w: &HostBuf<f32>,
+    ) -> Result<()> {
+        self.add_scaled_bwd(dx, dw, dy, x, w)
     }
 
     fn glu_bwd(

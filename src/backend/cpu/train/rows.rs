@@ -11,12 +11,12 @@ use crate::error::{Result, ensure};
 use crate::model::config::Activation;
 
 /// Rows that are summed by one task.
-const RUN: usize = 64;
+pub(super) const RUN: usize = 64;
 /// Elements of one task of an elementwise op.
-const PART: usize = 16 * 1024;
+pub(super) const PART: usize = 16 * 1024;
 
 /// to\[i\] += the i-th of the sums over runs, `[runs, to.len()]`.
-fn fold(to: &mut [f32], runs: &[f32]) {
+pub(super) fn fold(to: &mut [f32], runs: &[f32]) {
     for run in runs.chunks_exact(to.len()) {
         to.iter_mut().zip(run).for_each(|(t, r)| *t += r);
     }
