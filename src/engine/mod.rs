@@ -15,6 +15,7 @@
 //! ```
 
 mod accuracy;
+mod adapters;
 mod diffusion;
 mod diffusion_training;
 mod draft;
@@ -35,6 +36,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
+pub use adapters::{AdapterPool, AdapterStats, Adapters, PoolOptions, PoolUsage};
 pub use diffusion_training::{Convert, DiffusionRun, Learn};
 pub use draft::DraftRun;
 pub use erased::Decode;
