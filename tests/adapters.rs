@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::backend::{Backend, Buffer, Group, Mask, Ranks, Train};
+use quadriga::backend::{Backend, Group, Mask, Ranks, Train};
 use quadriga::decode::{Autoregressive, Decoder, Sampler, Session};
+use quadriga::dtype::Real;
 use quadriga::format::Checkpoint;
 use quadriga::model::config::ModelConfig;
 use quadriga::model::lora::{ModuleSpec, ModuleValues};
@@ -33,14 +34,19 @@ fn values(cfg: &ModelConfig, n: usize) -> Vec<ModuleValues> {
         // One module has a rank of its own.
         let rank = RANKS[n] + usize::from(layer == 1 && role == LayerRole::K);
         let spec = ModuleSpec { role, layer, rank, scale: 0.5 + 0.25 * n as f32 };
-        let mut draw = |n: usize, scale: f32| (0..n).map(|_| scale * rng.normal()).collect::<Vec<f32>>();
+        let mut draw = |n: usize, scale: f32| (0..n).map(|_| grid(scale * rng.normal(), 6)).collect::<Vec<f32>>();
         let a = draw(rank * input, (input as f32).powf(-0.5));
         ModuleValues { spec, a, b: draw(out * rank, 0.3 * (rank as f32).powf(-0.5)) }
     };
     some.map(value).collect()
 }
 
-/// W + scale B A of these modules, entry by entry: the other way to say it.
+/// To a multiple of 2^-bits: sums of a few products of such numbers are exact in f32, so that merging rounds nothing.
+fn grid(x: f32, bits: i32) -> f32 {
+    (x * 2f32.powi(bits)).round() / 2f32.powi(bits)
+}
+
+/// W + scale B A of these modules, entry by entry: the other way to say it. W is on a grid.
 struct Sum<'a> {
     base: &'a Checkpoint,
     modules: Vec<ModuleValues>,
@@ -53,12 +59,18 @@ impl TensorSource for Sum<'_> {
 
     fn tensor(&self, role: Role) -> quadriga::Result<HostTensor> {
         let t = self.base.tensor(role)?;
-        let mut w = t.to_f32();
+        let Role::Layer(_, at) = role else { return Ok(t) };
+        if !LayerRole::LINEARS.contains(&at) {
+            return Ok(t);
+        }
+        let mut w: Vec<f32> = t.to_f32().into_iter().map(|w| grid(w, 12)).collect();
         for m in self.modules.iter().filter(|m| Role::Layer(m.spec.layer, m.spec.role) == role) {
             for (i, w) in w.iter_mut().enumerate() {
                 let (o, c, rank) = (i / t.cols, i % t.cols, m.spec.rank);
                 let sum: f64 = (0..rank).map(|j| m.b[o * rank + j] as f64 * m.a[j * t.cols + c] as f64).sum();
-                *w = (*w as f64 + m.spec.scale as f64 * sum) as f32;
+                let exact = *w as f64 + m.spec.scale as f64 * sum;
+                *w = exact as f32;
+                assert_eq!(*w as f64, exact);
             }
         }
         HostTensor::from_f32(t.rows, t.cols, &w)
@@ -77,7 +89,7 @@ fn prompt(n: usize, seed: usize, vocab: usize) -> Vec<u32> {
 
 impl<B: Train> Bench<B> {
     /// Of five adapters; map 5 has the layers of two.
-    fn new(be: B, source: &Checkpoint) -> Self {
+    fn new(be: B, source: &dyn TensorSource) -> Self {
         let model = Arc::new(Model::load(Arc::new(be), source, |_, _| {}).unwrap());
         let (be, cfg) = (model.backend(), model.config());
         let adapter = |n| Arc::new(Adapter::new(be, cfg, &values(cfg, n)).unwrap());
@@ -90,7 +102,7 @@ impl<B: Train> Bench<B> {
     }
 
     /// Logits of all rows of each of these sequences (adapter, prompt), read in one pass and then, where `more`, one token behind.
-    fn pass(&mut self, seqs: &[(Option<usize>, Vec<u32>)], more: bool) -> Vec<Vec<Vec<f32>>> {
+    fn pass(&mut self, seqs: &[(Option<usize>, Vec<u32>)], more: bool) -> Vec<Vec<Vec<f64>>> {
         let (be, cfg) = (self.model.backend(), self.model.config());
         let mut caches: Vec<_> = seqs.iter().map(|_| KvCache::new(be, cfg, 64).unwrap()).collect();
         let mut out = vec![Vec::new(); seqs.len()];
@@ -104,15 +116,12 @@ impl<B: Train> Bench<B> {
                     Sequence::new(cache, tokens, Mask::Causal, Want::All).adapted(map)
                 })
                 .collect();
-            self.model.forward(&mut parts, &mut self.ws).unwrap();
-            let mut at = 0;
+            let rows = self.model.forward(&mut parts, &mut self.ws).unwrap();
+            let mut logits = vec![B::Acc::of(0.0); rows * cfg.vocab];
+            be.download(self.ws.logit_rows(rows), &mut logits).unwrap();
+            let mut logits = logits.chunks(cfg.vocab).map(|row| row.iter().map(|x| x.to_f64()).collect());
             for ((out, tokens), cache) in out.iter_mut().zip(&tokens).zip(&mut caches) {
-                for _ in tokens {
-                    let mut row = vec![0.0; cfg.vocab];
-                    self.ws.logits(be, at, &mut row).unwrap();
-                    out.push(row);
-                    at += 1;
-                }
+                out.extend(logits.by_ref().take(tokens.len()));
                 cache.commit_first(tokens.len()).unwrap();
             }
         }
@@ -139,7 +148,7 @@ fn modules_of(cfg: &ModelConfig, adapter: Option<usize>) -> Vec<ModuleValues> {
 
 fn equals_merged<B: Train>(be: impl Fn() -> B, name: &str, tolerance: f64) {
     let source = checkpoint(name);
-    let mut bench = Bench::new(be(), &source);
+    let mut bench = Bench::new(be(), &Sum { base: &source, modules: Vec::new() });
     let cfg = bench.model.config().clone();
     let seqs = eight(cfg.vocab);
     let got = bench.pass(&seqs, true);
@@ -154,19 +163,20 @@ fn equals_merged<B: Train>(be: impl Fn() -> B, name: &str, tolerance: f64) {
         let want = merged.pass(&[(None, seq.1.clone())], true).remove(0);
         let (mut off, mut size, mut moved) = (0f64, 0f64, 0f64);
         for ((g, w), b) in got.iter().flatten().zip(want.iter().flatten()).zip(base[i].iter().flatten()) {
-            off = off.max((g - w).abs() as f64);
-            size = size.max(w.abs() as f64);
-            moved = moved.max((g - b).abs() as f64);
+            off = off.max((g - w).abs());
+            size = size.max(w.abs());
+            moved = moved.max((g - b).abs());
         }
         assert!(off <= tolerance * size, "{name}, sequence {i}, {:?}: {off} of {size}", seq.0);
-        assert!(seq.0.is_none() == (moved == 0.0) && (seq.0.is_none() || moved > 0.02 * size), "{name}: {i}: {moved}");
+        // On a GPU gate and up are rounded otherwise where they are computed apart.
+        let same = if tolerance > 1e-3 { moved <= tolerance * size } else { moved == 0.0 };
+        assert!(if seq.0.is_none() { same } else { moved > 0.02 * size }, "{name}, sequence {i}: {moved} of {size}");
     }
 }
 
 #[test]
 fn naive_equals_merged_weights() {
-    // Logits leave as f32, and merged weights are rounded to it.
-    equals_merged(|| Naive, "tiny-llama", 2e-6);
+    equals_merged(|| Naive, "tiny-llama", 1e-10);
 }
 
 #[test]
@@ -195,12 +205,8 @@ fn naive_ops_equal_the_dense_product() {
     let adapters: Vec<_> = [3, 3, 3].map(|r| (r, draw(r * input), draw(out * r))).into();
     let sizes = [2, 4, 1];
     let groups = |of: usize| -> Vec<Group<'_, Naive>> {
-        let one = |(a, n): (&(usize, Vec<f64>, Vec<f64>), usize)| {
-            let matrix = if of == 0 { &a.1[..] } else { &a.2[..] };
-            // The views of the specification are slices.
-            Group { rows: n, matrix: unsafe_free(matrix), scale: 0.5 }
-        };
-        adapters.iter().zip(sizes).map(one).collect()
+        let matrix = |i: usize| if of == 0 { &adapters[i].1[..] } else { &adapters[i].2[..] };
+        (0..3).map(|i| Group { rows: sizes[i], matrix: matrix(i), scale: 0.5 }).collect()
     };
     let (mut h, mut y) = (vec![0.0; rows * 3], draw(rows * out));
     let before = y.clone();
@@ -215,10 +221,6 @@ fn naive_ops_equal_the_dense_product() {
             assert!((y[r * out + o] - want).abs() < 1e-10 * want.abs().max(1.0));
         }
     }
-}
-
-fn unsafe_free(x: &[f64]) -> &[f64] {
-    x
 }
 
 /// Every rank, every tier: against the specification, and however rows are grouped.
@@ -250,7 +252,10 @@ fn cpu_ops_follow_the_specification() {
             Naive.shrink_rows(&mut h, &wide(&x), part.stride, &group(&a[..])).unwrap();
             Naive.expand_rows(&mut y, &h, part, &group(&b[..])).unwrap();
             for (g, w) in got.iter().zip(&y) {
-                assert!((f64::from(*g) - w).abs() < 2e-5 * (rank as f64 * input as f64).sqrt(), "{tier} {rank}: {g} {w}");
+                assert!(
+                    (f64::from(*g) - w).abs() < 2e-5 * (rank as f64 * input as f64).sqrt(),
+                    "{tier} {rank}: {g} {w}"
+                );
             }
         }
     }
@@ -259,7 +264,9 @@ fn cpu_ops_follow_the_specification() {
 /// Bits: alone, in any order, beside any others, on any number of threads; and without an adapter those of the plain model.
 #[test]
 fn cpu_rows_do_not_know_their_neighbours() {
-    for (name, compute) in [("tiny-llama", Compute::Fast), ("tiny-gemma3", Compute::Exact), ("tiny-gguf/k.gguf", Compute::Fast)] {
+    for (name, compute) in
+        [("tiny-llama", Compute::Fast), ("tiny-gemma3", Compute::Exact), ("tiny-gguf/legacy.gguf", Compute::Fast)]
+    {
         let source = checkpoint(name);
         for tier in Tier::available() {
             let mut bench = Bench::new(Cpu::with(2, tier, compute), &source);
@@ -269,9 +276,8 @@ fn cpu_rows_do_not_know_their_neighbours() {
             for (i, seq) in seqs.iter().enumerate() {
                 assert_eq!(one.pass(std::slice::from_ref(seq), true)[0], together[i], "{name} {tier}: sequence {i}");
             }
-            let mut order: Vec<usize> = (0..seqs.len()).collect();
             for turn in 0..4 {
-                Rng::new(turn).shuffle(&mut order);
+                let order: Vec<usize> = (0..seqs.len()).map(|i| (i * [3, 5, 7, 1][turn] + turn) % seqs.len()).collect();
                 let turned: Vec<_> = order.iter().map(|&i| seqs[i].clone()).collect();
                 for (row, &i) in bench.pass(&turned, true).iter().zip(&order) {
                     assert_eq!(*row, together[i], "{name} {tier}: sequence {i} in {order:?}");
@@ -292,7 +298,11 @@ fn speculation_keeps_the_text() {
         let mut plain = Autoregressive::new(Sampler::greedy());
         let mut spec = Speculative::new(Box::new(Lookup::default()), Sampler::greedy(), Budget::new(4, 4, 1));
         while s.tokens().len() < 48 {
-            if speculate { spec.step(&mut s).unwrap() } else { plain.step(&mut s).unwrap() };
+            if speculate {
+                spec.step(&mut s).unwrap()
+            } else {
+                plain.step(&mut s).unwrap()
+            };
         }
         s.tokens()[..48].to_vec()
     };
@@ -343,5 +353,4 @@ fn maps_that_do_not_fit_are_refused() {
     let seq = Sequence::new(&mut cache, &[1], Mask::Causal, Want::Last).adapted(Some(&alien));
     let e = bench.model.forward(&mut [seq], &mut bench.ws).unwrap_err().to_string();
     assert!(e.contains("layers") && bench.ws.max_rows() == 64, "{e}");
-    let _: usize = Buffer::len(&Naive.alloc::<f64>(1).unwrap());
 }

@@ -6,8 +6,8 @@ mod train;
 use super::host::HostBuf;
 use super::sampling::{check_forbidden, check_penalties, width};
 use super::{
-    Accepted, AttnSpec, Backend, Candidates, Draw, Group, Masked, NO_TOKEN, Penalty, Ranks, Rule, Segment, Train, Trees,
-    WeightInfo, Write, unmask,
+    Accepted, AttnSpec, Backend, Candidates, Draw, Group, Masked, NO_TOKEN, Penalty, Ranks, Rule, Segment, Train,
+    Trees, WeightInfo, Write, unmask,
 };
 use crate::dtype::Elem;
 use crate::error::Result;

@@ -5,6 +5,7 @@ mod accuracy;
 mod aup;
 mod aup_file;
 mod aup_run;
+mod bench_adapters;
 mod bench_decode;
 mod bench_kernels;
 mod bench_online;

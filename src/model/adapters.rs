@@ -67,10 +67,7 @@ impl<'a, B: Backend> Spans<'a, B> {
     ///
     /// # Errors
     /// `Shape` for adapters of a model with other than `layers` layers.
-    pub fn of(
-        seqs: impl Iterator<Item = (usize, Option<&'a AdapterMap<B>>)> + Clone,
-        layers: usize,
-    ) -> Result<Self> {
+    pub fn of(seqs: impl Iterator<Item = (usize, Option<&'a AdapterMap<B>>)> + Clone, layers: usize) -> Result<Self> {
         if seqs.clone().all(|s| s.1.is_none()) {
             return Ok(Self { spans: Vec::new(), groups: Vec::new() });
         }

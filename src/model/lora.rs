@@ -253,7 +253,6 @@ impl<B: Train> Adapter<B> {
     pub(super) fn site_mut(&mut self, layer: usize, site: Site) -> Option<&mut SiteAdapter<B>> {
         self.layers[layer][site as usize].as_mut()
     }
-
 }
 
 impl<B: Backend> Adapter<B> {
