@@ -270,6 +270,26 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.glu(y, scratch.view(0..n), scratch.view(n..2 * n), act)
     }
 
+    /// h\[r\] = A x\[r\], `[rows, ranks]`, A `[ranks, in]` of the row's group: [`Train::lora_shrink`] for the few rows of a decoding
+    /// pass. h and A are in the accumulator's type throughout, and how rows are grouped never changes a bit of them.
+    fn shrink_rows(
+        &self,
+        h: Out<'_, Self, Self::Acc>,
+        x: In<'_, Self, Self::Act>,
+        ranks: usize,
+        groups: &[Group<'_, Self>],
+    ) -> Result<()>;
+
+    /// y\[r\] += scale B h\[r, part\], B `[out, part.n]` of the row's group: [`Train::lora_expand`] by the rules of
+    /// [`Backend::shrink_rows`].
+    fn expand_rows(
+        &self,
+        y: Out<'_, Self, Self::Acc>,
+        h: In<'_, Self, Self::Acc>,
+        part: Ranks,
+        groups: &[Group<'_, Self>],
+    ) -> Result<()>;
+
     /// Rotates every head of x in place: pair (i, i + head_dim/2) of row r by the angle whose cosine and sine are
     /// `table[r * head_dim + i]` and `table[r * head_dim + head_dim/2 + i]`. A negated sine is the inverse (backward).
     fn rope(&self, x: Out<'_, Self, Self::Acc>, table: In<'_, Self, Self::Acc>, head_dim: usize) -> Result<()>;

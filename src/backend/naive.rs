@@ -9,8 +9,8 @@ pub use encoder::normal_cdf;
 use super::host::HostBuf;
 use super::sampling::{check_forbidden, check_penalties, width};
 use super::{
-    Accepted, AttnSpec, Backend, Candidates, Draw, Masked, NO_TOKEN, Penalty, Rule, Segment, Train, Trees, WeightInfo,
-    Write, unmask,
+    Accepted, AttnSpec, Backend, Candidates, Draw, Group, Masked, NO_TOKEN, Penalty, Ranks, Rule, Segment, Train,
+    Trees, WeightInfo, Write, unmask,
 };
 use crate::dtype::Elem;
 use crate::error::Result;
@@ -168,6 +168,14 @@ impl Backend for Naive {
             *y = activate(act, *g) * u;
         }
         Ok(())
+    }
+
+    fn shrink_rows(&self, h: &mut [f64], x: &[f64], ranks: usize, groups: &[Group<'_, Self>]) -> Result<()> {
+        self.lora_shrink(h, x, ranks, groups)
+    }
+
+    fn expand_rows(&self, y: &mut [f64], h: &[f64], part: Ranks, groups: &[Group<'_, Self>]) -> Result<()> {
+        self.lora_expand(y, h, part, groups)
     }
 
     fn rope(&self, x: &mut [f64], table: &[f64], head_dim: usize) -> Result<()> {

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Map, json};
 
+use super::bench_adapters;
 use super::flags::{BenchDecodeArgs, Common, DeviceFlag, weights_type};
 use super::out::{self, median, round};
 use crate::backend::cpu::bandwidth::read_bandwidth;
@@ -107,6 +108,10 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
             times.push(time(&mut || session.pass(&tokens, mask))? * 1e3);
         }
     }
+    let adapted = match args.adapters {
+        0 => None,
+        _ => Some(bench_adapters::measure(&engine, args, common.seed)?),
+    };
     let peak = out::peak_rss_mb();
     // Last, since its half gigabyte must not count as ours.
     let (read, products, kind) = match engine.threads() {
@@ -127,7 +132,7 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
     let tree_ms = ms.pop().unwrap_or(f64::NAN);
     if common.json {
         let forward: Map<_, _> = ROWS.iter().zip(&ms).map(|(n, t)| (n.to_string(), json!(round(*t, 4)))).collect();
-        return out::print_json(&json!({
+        let mut report = json!({
             "model": name,
             "device": engine.device(),
             "threads": engine.threads(),
@@ -142,7 +147,11 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
             "tree_ms": {TREE.to_string(): round(tree_ms, 4)},
             "prefill_tflop_s": round(prefill_flops / 1e12, 4),
             "matrix_tflop_s": {kind: round(products / 1e12, 4)},
-        }));
+        });
+        if let (Some(adapted), Some(report)) = (&adapted, report.as_object_mut()) {
+            report.insert("adapters".into(), adapted.json());
+        }
+        return out::print_json(&report);
     }
     let mut text = format!(
         "{} on {}\nload {:.3} s, peak memory {:.0} MB, weights {:.1} MB\n\
@@ -164,5 +173,6 @@ pub(super) fn run(common: &Common, args: &BenchDecodeArgs) -> Result<()> {
         text += &format!("pass of {n:2} rows at {}  {t:8.2} ms  {:5.2}x one row\n", args.depth, t / ms[0]);
     }
     text += &format!("tree of {TREE:2} rows at {}  {tree_ms:8.2} ms  {:5.2}x one row\n", args.depth, tree_ms / ms[0]);
+    text += &adapted.map_or(String::new(), |a| a.to_string());
     out::print(&text)
 }

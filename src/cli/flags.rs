@@ -306,6 +306,12 @@ pub(super) struct BenchDecodeArgs {
     /// Context length that memory is planned for.
     #[arg(long, default_value_t = 2048)]
     pub context: usize,
+    /// Also measures 1, 4 and 8 sequences with so many random LoRA adapters on all linears, beside the base model.
+    #[arg(long, default_value_t = 0)]
+    pub adapters: usize,
+    /// Their rank.
+    #[arg(long, default_value_t = 16, requires = "adapters")]
+    pub adapter_rank: usize,
 }
 
 #[derive(Args)]

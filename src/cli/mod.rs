@@ -6,6 +6,7 @@ mod adapt;
 mod aup;
 mod aup_file;
 mod aup_run;
+mod bench_adapters;
 mod bench_decode;
 mod bench_kernels;
 mod bench_online;

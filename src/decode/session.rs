@@ -7,7 +7,7 @@ use super::Sampler;
 use super::sampler::drawn;
 use crate::backend::{Backend, Buffer, In, Mask, Penalty};
 use crate::error::{Result, bail, ensure};
-use crate::model::{KvCache, Model, Sequence, Want, Workspace};
+use crate::model::{AdapterMap, KvCache, Model, Sequence, Want, Workspace};
 use crate::rng::Key;
 
 /// Rows of one prefill pass: enough to be bound by arithmetic, few enough to keep activations in the cache and memory small.
@@ -74,7 +74,8 @@ impl<B: Backend> Session<B> {
         let cache = KvCache::new(be, cfg, capacity)?;
         let ws = Workspace::with_taps(be, cfg, rows, LOGIT_ROWS.min(rows), taps)?;
         let features = taps.iter().map(|_| be.alloc(capacity * cfg.hidden)).collect::<Result<_>>()?;
-        let text = Text { cache, tokens: Vec::with_capacity(capacity), staged: Vec::new(), shared_at: None, features };
+        let tokens = Vec::with_capacity(capacity);
+        let text = Text { cache, tokens, staged: Vec::new(), shared_at: None, features, adapters: None };
         let (logits, drawn) = (Vec::new(), be.alloc(1)?);
         Ok(Self { ws, text, logits_at: 0, logits, drawn, penalized: None, seed, stream: 0, model })
     }
@@ -139,8 +140,28 @@ impl<B: Backend> Session<B> {
         }
         self.text.tokens.clear();
         self.text.tokens.extend_from_slice(&other.tokens()[..len]);
+        self.text.adapters.clone_from(&other.text.adapters);
         (self.seed, self.stream) = (other.seed, other.stream);
         Ok(())
+    }
+
+    /// Adapters of all passes from now on, beside the weights; `None`: the model alone. What was computed with others is forgotten and
+    /// computed anew by the next [`Session::advance`]; the tokens stay.
+    pub fn set_adapters(&mut self, adapters: Option<Arc<AdapterMap<B>>>) {
+        let same = match (&self.text.adapters, &adapters) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if !same {
+            self.unstage();
+            self.text.cache.truncate(0);
+            self.text.adapters = adapters;
+        }
+    }
+
+    /// The adapters of its passes.
+    pub fn adapters(&self) -> Option<&Arc<AdapterMap<B>>> {
+        self.text.adapters.as_ref()
     }
 
     /// Appends tokens; they are computed by the next [`Session::advance`].
@@ -234,7 +255,7 @@ impl<B: Backend> Session<B> {
     /// As [`Model::forward`].
     pub fn stage(&mut self, tokens: &[u32], mask: Mask<'_>, want: Want<'_>) -> Result<usize> {
         self.unstage();
-        let rows = self.model.forward(&mut [Sequence::new(&mut self.text.cache, tokens, mask, want)], &mut self.ws)?;
+        let rows = self.model.forward(&mut [self.text.sequence(tokens, mask, want)], &mut self.ws)?;
         self.text.staged.extend_from_slice(tokens);
         Ok(rows)
     }
@@ -326,9 +347,15 @@ pub(super) struct Text<B: Backend> {
     pub shared_at: Option<usize>,
     /// For each tap `[capacity, hidden]`.
     features: Vec<B::Buf<B::Acc>>,
+    adapters: Option<Arc<AdapterMap<B>>>,
 }
 
 impl<B: Backend> Text<B> {
+    /// Its part of a pass.
+    pub fn sequence<'a>(&'a mut self, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Sequence<'a, B> {
+        Sequence::new(&mut self.cache, tokens, mask, want).adapted(self.adapters.as_deref())
+    }
+
     fn truncate(&mut self, len: usize) {
         self.tokens.truncate(len);
         self.cache.truncate(len);

@@ -51,7 +51,7 @@ impl<B: Backend> Together<B> {
         }
         let both = sessions.iter_mut().zip(parts);
         let mut seqs: Vec<Sequence<'_, B>> =
-            both.map(|(s, (tokens, mask, want))| Sequence::new(&mut s.text.cache, tokens, *mask, *want)).collect();
+            both.map(|(s, (tokens, mask, want))| s.text.sequence(tokens, *mask, *want)).collect();
         let rows = self.model.forward(&mut seqs, &mut self.ws)?;
         let mut first = 0;
         for (s, (tokens, ..)) in sessions.iter_mut().zip(parts) {

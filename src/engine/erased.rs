@@ -1,8 +1,10 @@
 //! The one place where the backend's type is forgotten: a model and a session behind trait objects.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::adapters::{self, Adapters, Erased};
 use super::learning;
 use super::serving::{AnySlots, Slots};
 use super::speculation::{Draft, Maker, Source, Speculation};
@@ -10,6 +12,7 @@ use super::steps::{Steps, blank_line};
 use crate::backend::{Backend, Mask, Train};
 use crate::decode::{Autoregressive, Batch, DecodeStats, Decoder, Prompt, Sampler, Session};
 use crate::error::{Result, ensure};
+use crate::model::lora::ModuleValues;
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig, Want};
 use crate::speculative::adapt::Live;
@@ -38,6 +41,14 @@ pub(super) trait AnyModel: Send + Sync {
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats>;
     fn diffuse(&self, texts: &mut [crate::diffusion::Schedule], on: crate::diffusion::OnPass<'_>) -> Result<()>;
     fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>>;
+    /// An `Arc<Adapter<B>>`.
+    fn adapter(&self, modules: &[ModuleValues]) -> Result<Erased>;
+    /// Bytes of it on the device.
+    fn adapter_bytes(&self, modules: &[ModuleValues]) -> usize;
+    /// An `Arc<AdapterMap<B>>`.
+    fn adapter_map(&self, parts: &[(Range<usize>, Erased)]) -> Result<Erased>;
+    /// An `Arc<Adapter<B>>`: the weighted sum.
+    fn mix_adapters(&self, parts: &[(Erased, f32)]) -> Result<Erased>;
     fn weight_bytes(&self) -> usize;
     fn bytes_per_token(&self) -> usize;
 }
@@ -51,6 +62,7 @@ pub(super) trait AnySession: Send {
     fn capacity(&self) -> usize;
     fn push(&mut self, tokens: &[u32]);
     fn truncate(&mut self, len: usize);
+    fn adapt(&mut self, adapters: Option<&Adapters>) -> Result<()>;
     fn advance(&mut self) -> Result<u64>;
     fn logits(&mut self) -> Result<&[f32]>;
     fn begin(&mut self, how: &Decode) -> Result<()>;
@@ -207,6 +219,22 @@ impl<B: Train> AnyModel for Shared<B> {
         Ok(Box::new(Slots::new(self.0.clone(), sequences, rows, taps)?))
     }
 
+    fn adapter(&self, modules: &[ModuleValues]) -> Result<Erased> {
+        adapters::upload(&self.0, modules)
+    }
+
+    fn adapter_bytes(&self, modules: &[ModuleValues]) -> usize {
+        modules.iter().map(|m| m.a.len() + m.b.len()).sum::<usize>() * size_of::<B::Acc>()
+    }
+
+    fn adapter_map(&self, parts: &[(Range<usize>, Erased)]) -> Result<Erased> {
+        adapters::of_ranges(&self.0, parts)
+    }
+
+    fn mix_adapters(&self, parts: &[(Erased, f32)]) -> Result<Erased> {
+        adapters::mix(&self.0, parts)
+    }
+
     fn weight_bytes(&self) -> usize {
         self.0.weight_bytes()
     }
@@ -231,6 +259,11 @@ impl<B: Train> AnySession for Running<B> {
 
     fn truncate(&mut self, len: usize) {
         self.session.truncate(len);
+    }
+
+    fn adapt(&mut self, adapters: Option<&Adapters>) -> Result<()> {
+        self.session.set_adapters(adapters.map(Adapters::map).transpose()?);
+        Ok(())
     }
 
     fn advance(&mut self) -> Result<u64> {

@@ -16,6 +16,7 @@
 
 mod accuracy;
 mod adapt;
+mod adapters;
 mod diffusion;
 mod diffusion_training;
 mod draft;
@@ -39,6 +40,7 @@ use std::time::Instant;
 
 pub use accuracy::{Accuracy, LabelTask, label_accuracy};
 pub use adapt::{AdaptRun, Adapted, Told};
+pub use adapters::{AdapterPool, AdapterStats, Adapters, PoolOptions, PoolUsage};
 pub use diffusion_training::{Convert, DiffusionRun, Learn};
 pub use draft::DraftRun;
 pub use erased::Decode;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::erased::{Decode, speculative};
 use super::session::{Pieces, check, without};
-use super::{Draft, Engine, Finish, Generate, Piece};
+use super::{Adapters, Draft, Engine, Finish, Generate, Piece};
 use crate::backend::Train;
 use crate::decode::{DecodeStats, Decoder, Session};
 use crate::error::{Result, bail, ensure};
@@ -72,8 +72,14 @@ pub struct Serving {
     options: ServingOptions,
     taps: Vec<usize>,
     waiting: VecDeque<Waiting>,
-    active: Vec<(Request, Pieces)>,
+    active: Vec<Active>,
     next: u64,
+}
+
+struct Active {
+    request: Request,
+    pieces: Pieces,
+    adapters: Option<Adapters>,
 }
 
 struct Waiting {
@@ -114,10 +120,11 @@ impl Serving {
     ///
     /// # Errors
     /// A prompt that is empty, longer than the context or not of the vocabulary; a draft that reads other layers than these
-    /// sequences keep.
+    /// sequences keep; adapters of another engine.
     pub fn submit(&mut self, prompt: &[u32], how: Generate, seed: u64) -> Result<Request> {
         ensure!(!prompt.is_empty(), Usage, "the prompt is empty: there is nothing to continue");
         check(&self.engine, 0, prompt, self.options.context)?;
+        how.adapters.iter().try_for_each(|a| a.check(&self.engine))?;
         if let Decode::Speculative(_, draft, _) = &how.decode {
             let (reads, has, name) = (draft.taps(), &self.taps[..], draft.name());
             let good = reads.is_empty() || reads == has;
@@ -151,7 +158,7 @@ impl Serving {
     pub fn cancel(&mut self, request: Request) -> bool {
         let before = self.active.len() + self.waiting.len();
         self.waiting.retain(|w| w.request != request);
-        if let Some(i) = self.active.iter().position(|(r, _)| *r == request) {
+        if let Some(i) = self.active.iter().position(|a| a.request == request) {
             self.remove(i);
         }
         self.active.len() + self.waiting.len() < before
@@ -180,17 +187,18 @@ impl Serving {
                 continue;
             }
             let capacity = self.options.context.min(prompt.len().saturating_add(how.max_tokens));
-            self.slots.push(&prompt, &how.decode, capacity, seed)?;
-            self.active.push((request, pieces));
+            self.slots.push(&prompt, &how, capacity, seed)?;
+            self.active.push(Active { request, pieces, adapters: how.adapters });
         }
         let given = self.slots.step()?;
         let mut ended = Vec::new();
-        for (i, (n, (request, pieces))) in given.into_iter().zip(&mut self.active).enumerate() {
+        for (i, (n, Active { request, pieces, adapters })) in given.into_iter().zip(&mut self.active).enumerate() {
             let (tokens, mut dropped) = (self.slots.tokens(i), 0);
             if n > 0 {
                 let from = tokens.len() - n;
                 let kept = pieces.take(&self.engine, &tokens[from..], |k| self.slots.source(i, k));
                 dropped = n - kept;
+                adapters.iter().for_each(|a| a.count(kept));
                 if kept < n {
                     self.slots.truncate(i, from + kept);
                 }
@@ -212,7 +220,7 @@ impl Serving {
 
 /// The sequences of a batch on some device.
 pub(super) trait AnySlots: Send {
-    fn push(&mut self, prompt: &[u32], how: &Decode, capacity: usize, seed: u64) -> Result<()>;
+    fn push(&mut self, prompt: &[u32], how: &Generate, capacity: usize, seed: u64) -> Result<()>;
     /// How many tokens each got.
     fn step(&mut self) -> Result<Vec<usize>>;
     fn tokens(&self, i: usize) -> &[u32];
@@ -252,10 +260,11 @@ impl<B: Train> Slots<B> {
 }
 
 impl<B: Train> AnySlots for Slots<B> {
-    fn push(&mut self, prompt: &[u32], how: &Decode, capacity: usize, seed: u64) -> Result<()> {
+    fn push(&mut self, prompt: &[u32], how: &Generate, capacity: usize, seed: u64) -> Result<()> {
         let mut session = Session::of_rows(self.model.clone(), capacity, seed, &self.taps, 1)?;
+        session.set_adapters(how.adapters.as_ref().map(Adapters::map).transpose()?);
         session.push(prompt);
-        let (decoder, draft) = match how {
+        let (decoder, draft) = match &how.decode {
             Decode::Autoregressive(sampler) => (Speculative::plain(*sampler), None),
             Decode::Speculative(sampler, draft, how) => {
                 (speculative(&session, *sampler, draft, *how)?, Some(draft.clone()))

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::erased::{AnySession, Decode};
-use super::{Draft, Engine, Message, Preference, Speculation, StepCounts, Steps};
+use super::{Adapters, Draft, Engine, Message, Preference, Speculation, StepCounts, Steps};
 use crate::backend::Mask;
 use crate::decode::{DecodeStats, Sampler, TextStream};
 use crate::error::{Error, ErrorKind, Result, ensure};
@@ -14,6 +14,7 @@ pub struct Session {
     inner: Box<dyn AnySession>,
     /// Verified tokens behind the end of the current generation, which nobody saw.
     dropped: u64,
+    adapters: Option<Adapters>,
 }
 
 /// What to generate and when to stop. Built by chaining.
@@ -23,12 +24,13 @@ pub struct Generate {
     pub(super) max_tokens: usize,
     stop: Vec<String>,
     ignore_eos: bool,
+    pub(super) adapters: Option<Adapters>,
 }
 
 impl Default for Generate {
     fn default() -> Self {
         let decode = Decode::Autoregressive(Sampler::greedy());
-        Self { decode, max_tokens: 256, stop: Vec::new(), ignore_eos: false }
+        Self { decode, max_tokens: 256, stop: Vec::new(), ignore_eos: false, adapters: None }
     }
 }
 
@@ -65,6 +67,12 @@ impl Generate {
     /// Ends before the first occurrence of any of these strings.
     pub fn stop<S: Into<String>>(mut self, strings: impl IntoIterator<Item = S>) -> Self {
         self.stop = strings.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With these adapters beside the weights. A session keeps those it has, if none are named here.
+    pub fn adapters(mut self, adapters: &Adapters) -> Self {
+        self.adapters = Some(adapters.clone());
         self
     }
 
@@ -110,7 +118,7 @@ pub struct Piece {
 
 impl Session {
     pub(super) fn new(engine: Engine, inner: Box<dyn AnySession>) -> Self {
-        Self { engine, inner, dropped: 0 }
+        Self { engine, inner, dropped: 0, adapters: None }
     }
 
     /// The engine it belongs to.
@@ -151,6 +159,12 @@ impl Session {
         let text = self.engine.chat_template()?.ok_or_else(none)?.render(messages, true)?;
         let ids = self.engine.tokenizer()?.encode(&text, false, true)?;
         self.push_ids(&ids)
+    }
+
+    pub(super) fn use_adapters(&mut self, adapters: Option<&Adapters>) -> Result<()> {
+        self.inner.adapt(adapters)?;
+        self.adapters = adapters.cloned();
+        Ok(())
     }
 
     /// Back to the first `len` tokens.
@@ -195,6 +209,9 @@ impl Session {
 
     /// Continues the text: an iterator over pieces, computed as they are asked for.
     pub fn generate(&mut self, how: Generate) -> Result<Generation<'_>> {
+        if how.adapters.is_some() {
+            self.set_adapters(how.adapters.as_ref())?;
+        }
         self.inner.begin(&how.decode)?;
         self.dropped = 0;
         let pieces = Pieces::new(&self.engine, &how, self.capacity().saturating_sub(self.tokens().len()));
@@ -236,7 +253,7 @@ impl Generation<'_> {
     }
 
     fn step(&mut self) -> Result<()> {
-        let Session { engine, inner, dropped } = &mut *self.session;
+        let Session { engine, inner, dropped, adapters } = &mut *self.session;
         let before = inner.tokens().len();
         if self.pieces.left == 0 || before >= inner.capacity() {
             self.pieces.end(Finish::Length);
@@ -244,6 +261,7 @@ impl Generation<'_> {
             let n = inner.step()?;
             let kept = self.pieces.take(engine, &inner.tokens()[before..], |i| inner.source(i));
             *dropped = (n - kept) as u64;
+            adapters.iter().for_each(|a| a.count(kept));
             if kept < n {
                 inner.truncate(before + kept);
             }

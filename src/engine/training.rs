@@ -299,7 +299,7 @@ pub fn read_adapter(folder: &Path, cfg: &ModelConfig) -> Result<Vec<ModuleValues
     Ok(to_modules(PeftAdapter::read(folder, cfg)?))
 }
 
-fn to_modules(peft: PeftAdapter) -> Vec<ModuleValues> {
+pub(super) fn to_modules(peft: PeftAdapter) -> Vec<ModuleValues> {
     let scales: Vec<f32> = peft.tensors.iter().map(|t| peft.scale(t)).collect();
     let modules = peft.tensors.into_iter().zip(scales).map(|(t, scale)| {
         let spec = ModuleSpec { role: t.module, layer: t.layer, rank: t.rank, scale };

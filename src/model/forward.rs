@@ -1,7 +1,10 @@
 //! The forward pass: one decoder for every family.
 
+use super::adapters::{AdapterMap, Spans};
 use super::config::Rope;
 use super::kv::KvCache;
+use super::lora::Site;
+use super::roles::LayerRole;
 use super::weights::Model;
 use super::workspace::Workspace;
 use crate::backend::{AttnSpec, Backend, Buffer, Mask, Segment};
@@ -34,24 +37,31 @@ pub struct Sequence<'a, B: Backend> {
     pub extend: bool,
     /// Positions of the rows where they are others than the mask's; for models without a window.
     pub positions: Option<&'a [u32]>,
+    /// Adapters beside the weights; `None`: the base model's own bits.
+    pub adapters: Option<&'a AdapterMap<B>>,
 }
 
 impl<'a, B: Backend> Sequence<'a, B> {
     /// Rows behind the committed ones.
     pub fn new(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
-        Self { cache, tokens, mask, want, extend: false, positions: None }
+        Self { cache, tokens, mask, want, extend: false, positions: None, adapters: None }
     }
 
     /// Rows behind all that is staged: the next level of a tree, computed without those before it. `mask` covers all staged rows,
     /// of which row i of this pass is number `cache.staged() + i`, and so do the rows that [`KvCache::commit`] takes afterwards.
     /// The same tree staged in one pass gives the same bits.
     pub fn extend(cache: &'a mut KvCache<B>, tokens: &'a [u32], mask: Mask<'a>, want: Want<'a>) -> Self {
-        Self { cache, tokens, mask, want, extend: true, positions: None }
+        Self { cache, tokens, mask, want, extend: true, positions: None, adapters: None }
     }
 
     /// The same with rows that stand elsewhere in the text: a cache whose rows are not in the order of positions.
     pub fn at(self, positions: &'a [u32]) -> Self {
         Self { positions: Some(positions), ..self }
+    }
+
+    /// The same with adapters. What is in the cache has to have been computed with them.
+    pub fn adapted(self, adapters: Option<&'a AdapterMap<B>>) -> Self {
+        Self { adapters, ..self }
     }
 
     /// Position of row `i`.
@@ -104,6 +114,8 @@ impl<B: Backend> Model<B> {
             return Ok(0);
         }
         self.fill_rope(seqs, ws, rows)?;
+        let mut adapted = Spans::of(seqs.iter().map(|s| (s.tokens.len(), s.adapters)), cfg.layers)?;
+        ws.reserve_ranks(be, adapted.ranks())?;
         let (n, eps) = (rows * cfg.hidden, cfg.eps);
         let mut segments: Vec<Segment<'_, B>> = seqs
             .iter_mut()
@@ -130,6 +142,12 @@ impl<B: Backend> Model<B> {
             be.rms_norm(ws.h.head_mut(n), ws.x.head(n), &l.attn_norm, eps)?;
             let qkv = [&*l.q, &*l.k, &*l.v];
             be.qkv(ws.q.head_mut(nq), ws.k.head_mut(nk), ws.v.head_mut(nk), ws.h.head(n), qkv)?;
+            if adapted.has(i, Site::Qkv) {
+                adapted.shrink(be, &mut ws.shrunk, &ws.h, i, Site::Qkv)?;
+                for (role, y) in [(LayerRole::Q, &mut ws.q), (LayerRole::K, &mut ws.k), (LayerRole::V, &mut ws.v)] {
+                    adapted.expand(be, y, 0, &ws.shrunk, i, role)?;
+                }
+            }
             if let Some([q_norm, k_norm]) = &l.qk_norm {
                 be.head_norm(ws.q.head_mut(nq), q_norm, eps)?;
                 be.head_norm(ws.k.head_mut(nk), k_norm, eps)?;
@@ -139,6 +157,10 @@ impl<B: Backend> Model<B> {
             be.rope_stage(&mut ws.q, &mut ws.k, &ws.v, table, &mut segments, i, &spec)?;
             be.attention(ws.a.head_mut(nq), ws.q.head(nq), &segments, i, &spec)?;
             be.linear(ws.r.head_mut(n), ws.a.head(nq), &l.o, None)?;
+            if adapted.has(i, Site::O) {
+                adapted.shrink(be, &mut ws.shrunk, &ws.a, i, Site::O)?;
+                adapted.expand(be, &mut ws.r, 0, &ws.shrunk, i, LayerRole::O)?;
+            }
             if let Some([post_attn, _]) = &l.post_norms {
                 be.add_normed(ws.x.head_mut(n), ws.r.head(n), post_attn, eps)?;
                 be.rms_norm(ws.h.head_mut(n), ws.x.head(n), &l.mlp_norm, eps)?;
@@ -146,8 +168,22 @@ impl<B: Backend> Model<B> {
                 be.add_rms_norm(ws.h.head_mut(n), &mut ws.x, ws.r.head(n), &l.mlp_norm, rows, eps)?;
             }
             let ng = rows * cfg.ffn;
-            be.linear_glu(ws.g.head_mut(ng), ws.h.head(n), &l.gate, &l.up, cfg.activation, &mut ws.gate_up, rows)?;
+            if adapted.has(i, Site::GateUp) {
+                let y = &mut ws.gate_up;
+                be.linear(y.view_mut(0..ng), ws.h.head(n), &l.gate, None)?;
+                be.linear(y.view_mut(ng..2 * ng), ws.h.head(n), &l.up, None)?;
+                adapted.shrink(be, &mut ws.shrunk, &ws.h, i, Site::GateUp)?;
+                adapted.expand(be, y, 0, &ws.shrunk, i, LayerRole::Gate)?;
+                adapted.expand(be, y, ng, &ws.shrunk, i, LayerRole::Up)?;
+                be.glu(ws.g.head_mut(ng), y.view(0..ng), y.view(ng..2 * ng), cfg.activation)?;
+            } else {
+                be.linear_glu(ws.g.head_mut(ng), ws.h.head(n), &l.gate, &l.up, cfg.activation, &mut ws.gate_up, rows)?;
+            }
             be.linear(ws.r.head_mut(n), ws.g.head(ng), &l.down, None)?;
+            if adapted.has(i, Site::Down) {
+                adapted.shrink(be, &mut ws.shrunk, &ws.g, i, Site::Down)?;
+                adapted.expand(be, &mut ws.r, 0, &ws.shrunk, i, LayerRole::Down)?;
+            }
             match &l.post_norms {
                 Some([_, post_mlp]) => be.add_normed(ws.x.head_mut(n), ws.r.head(n), post_mlp, eps)?,
                 None => be.add(ws.x.head_mut(n), ws.r.head(n))?,

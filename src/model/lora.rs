@@ -83,6 +83,11 @@ pub(crate) enum Site {
 impl Site {
     const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
 
+    /// Where a linear reads its input.
+    pub(super) fn of(role: LayerRole) -> Option<Self> {
+        Self::ALL.into_iter().find(|s| s.roles().contains(&role))
+    }
+
     fn roles(self) -> &'static [LayerRole] {
         match self {
             Site::Qkv => &[LayerRole::Q, LayerRole::K, LayerRole::V],
@@ -287,10 +292,18 @@ impl<B: Train> Adapter<B> {
         let at = |site: usize| self.layers.iter().filter_map(|l| l[site].as_ref()).map(|s| s.ranks).max().unwrap_or(0);
         [0, 1, 2, 3].map(at)
     }
+}
 
+impl<B: Backend> Adapter<B> {
     /// Most ranks that modules with one input have together.
     pub(super) fn most_ranks(&self) -> usize {
         self.layers.iter().flatten().flatten().map(|s| s.ranks).max().unwrap_or(0)
+    }
+
+    /// Bytes of its values on the device.
+    pub fn bytes(&self) -> usize {
+        let site = |s: &SiteAdapter<B>| s.a.len() + s.modules.iter().map(|m| m.b.len()).sum::<usize>();
+        self.layers.iter().flatten().flatten().map(site).sum::<usize>() * size_of::<B::Acc>()
     }
 }
 

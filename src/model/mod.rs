@@ -1,5 +1,6 @@
 //! The decoder: configuration, weights, cache, the forward pass, and its backward.
 
+mod adapters;
 mod backward;
 pub mod config;
 pub mod forward;
@@ -13,6 +14,7 @@ mod training;
 pub mod weights;
 pub mod workspace;
 
+pub use adapters::AdapterMap;
 pub use config::ModelConfig;
 pub use forward::{Sequence, Tap, Want};
 pub use full::{Full, Trained};

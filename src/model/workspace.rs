@@ -25,6 +25,8 @@ pub struct Workspace<B: Backend> {
     pub(super) g: B::Buf<B::Act>,
     /// Room for gate and up where a backend does not fuse them, `[2, rows, ffn]`.
     pub(super) gate_up: B::Buf<B::Acc>,
+    /// Inputs shrunk by adapters, row behind row, each of as many columns as its own adapter has ranks.
+    pub(super) shrunk: B::Buf<B::Acc>,
     /// Cosines and sines of global layers, then of local ones, `[rows, head_dim]` each.
     pub(super) rope: [B::Buf<B::Acc>; 2],
     /// Rows that want logits, `[max_logits, hidden]`.
@@ -71,6 +73,7 @@ impl<B: Backend> Workspace<B> {
             r: acc(r * h)?,
             g: act(r * cfg.ffn)?,
             gate_up: acc(2 * r * cfg.ffn)?,
+            shrunk: acc(0)?,
             rope: [acc(r * cfg.head_dim)?, acc(local * cfg.head_dim)?],
             picked: acc(max_logits * h)?,
             logits: acc(max_logits * cfg.vocab)?,
@@ -82,6 +85,19 @@ impl<B: Backend> Workspace<B> {
             vocab: cfg.vocab,
             hidden: h,
         })
+    }
+
+    /// Makes room for sequences with adapters of up to `ranks` ranks an input ([`super::AdapterMap::ranks`]). A pass does so by
+    /// itself, once for each adapter that is wider than those before it.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn reserve_ranks(&mut self, be: &B, ranks: usize) -> Result<()> {
+        let n = self.max_rows * ranks;
+        if self.shrunk.len() < n {
+            self.shrunk = be.alloc(n)?;
+        }
+        Ok(())
     }
 
     /// Most rows of one pass.

@@ -9,11 +9,11 @@ use super::matmul::{Job, MatmulCx, PackedWeight, Scratch, linear, linear_glu, li
 use super::memory::Arena;
 use super::pool::Pool;
 use super::{Compute, Tier};
-use super::{logits, rows, sampling};
+use super::{logits, lora, rows, sampling};
 use crate::backend::host::HostBuf;
 use crate::backend::sampling::{check_forbidden, check_penalties, width};
 use crate::backend::{
-    Accepted, AttnSpec, Backend, Candidates, Draw, Linear, Masked, Penalty, Rule, Segment, Trees, unmask,
+    Accepted, AttnSpec, Backend, Candidates, Draw, Group, Linear, Masked, Penalty, Ranks, Rule, Segment, Trees, unmask,
 };
 use crate::dtype::Elem;
 use crate::error::{Result, ensure};
@@ -185,6 +185,14 @@ impl Backend for Cpu {
         _rows: usize,
     ) -> Result<()> {
         linear_glu(&self.cx(), y, x, gate, up, act)
+    }
+
+    fn shrink_rows(&self, h: &mut [f32], x: &[f32], ranks: usize, groups: &[Group<'_, Self>]) -> Result<()> {
+        lora::shrink(&self.pool, self.tier, h, x, ranks, groups)
+    }
+
+    fn expand_rows(&self, y: &mut [f32], h: &[f32], part: Ranks, groups: &[Group<'_, Self>]) -> Result<()> {
+        lora::expand(&self.pool, self.tier, y, h, part, groups)
     }
 
     fn rope(&self, x: &mut [f32], table: &[f32], head_dim: usize) -> Result<()> {

@@ -7,6 +7,7 @@ pub mod gemm;
 pub mod kv;
 pub mod lanes;
 pub mod logits;
+mod lora;
 pub mod matmul;
 pub mod memory;
 pub mod pool;

@@ -9,7 +9,8 @@ use super::kv::{CudaKv, table};
 use super::memory::{CudaBuf, Dst, Src};
 use super::weight::{CudaWeight, Form};
 use crate::backend::{
-    Accepted, AttnSpec, Backend, Buffer, Candidates, Draw, Mask, Masked, Penalty, Rule, Segment, Trees, WeightInfo,
+    Accepted, AttnSpec, Backend, Buffer, Candidates, Draw, Group, Mask, Masked, Penalty, Ranks, Rule, Segment, Trees,
+    WeightInfo,
 };
 use crate::dtype::{DType, Elem};
 use crate::error::{Result, bail};
@@ -332,6 +333,14 @@ impl Backend for Cuda {
             return Ok(());
         }
         self.launch(k::GLU, args::Glu::new(gate, up, y, n as u32, number(act))?, spread(n), THREADS, 0)
+    }
+
+    fn shrink_rows(&self, h: Dst<'_, f32>, x: Src<'_, bf16>, ranks: usize, groups: &[Group<'_, Self>]) -> Result<()> {
+        self.run_lora_shrink(h, x, ranks, groups)
+    }
+
+    fn expand_rows(&self, y: Dst<'_, f32>, h: Src<'_, f32>, part: Ranks, groups: &[Group<'_, Self>]) -> Result<()> {
+        self.run_lora_expand(y, h, part, groups)
     }
 
     fn rope(&self, x: Dst<'_, f32>, table: Src<'_, f32>, head_dim: usize) -> Result<()> {

@@ -21,7 +21,7 @@ fn exp(x: f32) -> f32 {
 
 /// y\[i\] = act(gate\[i\]) * up\[i\].
 #[inline(always)]
-pub(super) fn glu(y: &mut [f32], gate: &[f32], up: &[f32], act: Activation) {
+pub(in crate::backend::cpu) fn glu(y: &mut [f32], gate: &[f32], up: &[f32], act: Activation) {
     let values = y.iter_mut().zip(gate).zip(up);
     match act {
         Activation::Silu => values.for_each(|((y, &g), &u)| *y = g / (1.0 + exp(-g)) * u),

@@ -35,6 +35,7 @@ mod weight;
 
 use std::sync::Mutex;
 
+pub(super) use glu::glu as gated;
 pub use weight::PackedWeight;
 
 use super::pool::Pool;

@@ -47,7 +47,7 @@ impl Cuda {
         Ok((small.table(&self.stream, &table)?, tile))
     }
 
-    pub(super) fn run_lora_shrink(
+    pub(in super::super) fn run_lora_shrink(
         &self,
         h: Dst<'_, f32>,
         x: Src<'_, bf16>,
@@ -66,7 +66,7 @@ impl Cuda {
         self.launch(k::LORA_SHRINK, args, [tiles, ranks.div_ceil(4), 1], THREADS, 0)
     }
 
-    pub(super) fn run_lora_expand(
+    pub(in super::super) fn run_lora_expand(
         &self,
         y: Dst<'_, f32>,
         h: Src<'_, f32>,
