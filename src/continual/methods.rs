@@ -4,7 +4,7 @@ use super::delta::Delta;
 use super::inflora;
 use super::layout::Layout;
 use super::learner::{Learner, Sample};
-use super::penalty::{Blocks, ratio};
+use super::penalty::{Blocks, Fisher, ratio};
 use super::search::{Arms, Released};
 use super::settings::{Grouped, Method};
 use super::signature::{self, Part, Signature};
@@ -26,7 +26,8 @@ fn blocks(state: &State, layout: &Layout) -> Blocks {
 pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut TaskReport) -> Result<bool> {
     let task = state.task;
     match state.method.clone() {
-        Method::Sequential | Method::Ewc { .. } | Method::Anchor { .. } | Method::Random { .. } => {}
+        Method::Sequential | Method::Ewc { .. } | Method::L2 { .. } | Method::Anchor { .. } | Method::Random { .. } => {
+        }
         Method::Paper(_) => {
             let modules = learner.layout().modules.len();
             state.arms = vec![Arms::new(state.tree.nodes.len()); modules];
@@ -179,9 +180,9 @@ impl Chosen {
     }
 }
 
-/// For each module the values of the adapter that one task ended with.
+/// For each module the values of the adapter that one task ended with; what belongs to no module as the last task left it.
 fn composite(state: &State, layout: &Layout, tasks: &[usize]) -> Vec<f32> {
-    let mut out = state.anchor.clone();
+    let mut out = state.members.last().map_or_else(|| state.anchor.clone(), |m| m.values.clone());
     for (m, &k) in layout.modules.iter().zip(tasks) {
         let from = &state.members[k].values;
         for part in [&m.a, &m.b] {
@@ -203,7 +204,7 @@ pub(super) fn on_gradient(
     let task = state.task;
     let mut penalty = 0.0;
     match state.method.clone() {
-        Method::Ewc { lambda } if task > 0 => penalty = state.fisher.pull(lambda, values, grad),
+        Method::Ewc { lambda } | Method::L2 { lambda } if task > 0 => penalty = state.fisher.pull(lambda, values, grad),
         Method::Olora { lambda } => {
             let own = blocks(state, layout);
             penalty = own.orthogonal(layout, task, lambda, values, grad);
@@ -276,6 +277,8 @@ pub(super) fn end(state: &mut State, learner: &mut dyn Learner) -> Result<()> {
             let gradients: Vec<Vec<f32>> = batches.collect::<Result<_>>()?;
             state.fisher.add(&gradients, &values);
         }
+        // All weights are 1.
+        Method::L2 { .. } => state.fisher = Fisher { weights: vec![1.0; values.len()], anchor: values },
         Method::Inflora { energy } => {
             let samples = all(learner, task);
             let products = learner.input_products(&samples)?;

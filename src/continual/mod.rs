@@ -20,6 +20,7 @@ pub mod signature;
 mod state;
 mod stream;
 pub mod tree;
+pub mod vision;
 
 pub use delta::Delta;
 pub use labels::Labels;
@@ -31,3 +32,4 @@ pub use router::Router;
 pub use settings::{Grouped, Method, Paper, Plan, Released, Route};
 pub use state::{Member, Stage, State, TaskReport, Tensor};
 pub use stream::{Event, Seconds, Stream};
+pub use vision::{PictureTask, Pictures};

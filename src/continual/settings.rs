@@ -87,6 +87,11 @@ pub enum Method {
         /// Strength.
         lambda: f32,
     },
+    /// One adapter and a quadratic pull of all values alike towards where the last task ended.
+    L2 {
+        /// Strength.
+        lambda: f32,
+    },
     /// Ranks of its own for each task, the older ones frozen, A orthogonal to theirs: O-LoRA.
     Olora {
         /// Strength.
@@ -124,6 +129,7 @@ impl Method {
             Method::Isolated(Route::Router) => "isolated",
             Method::Isolated(Route::Oracle) => "oracle",
             Method::Ewc { .. } => "ewc",
+            Method::L2 { .. } => "l2",
             Method::Olora { .. } => "olora",
             Method::Inflora { .. } => "inflora",
             Method::Anchor { .. } => "anchor",
@@ -141,6 +147,7 @@ impl Method {
             "isolated" => Method::Isolated(Route::Router),
             "oracle" => Method::Isolated(Route::Oracle),
             "ewc" => Method::Ewc { lambda: 1e4 },
+            "l2" => Method::L2 { lambda: 1.0 },
             "olora" => Method::Olora { lambda: 0.5 },
             "inflora" => Method::Inflora { energy: 0.95 },
             "anchor" => Method::Anchor { tau: 0.3 },
@@ -153,12 +160,13 @@ impl Method {
     }
 
     /// Short names of all.
-    pub const NAMES: [&str; 11] = [
+    pub const NAMES: [&str; 12] = [
         "tree",
         "sequential",
         "isolated",
         "oracle",
         "ewc",
+        "l2",
         "olora",
         "inflora",
         "anchor",
@@ -174,7 +182,7 @@ impl Method {
 
     /// Whether a step's gradient is looked at or added to.
     pub fn adds_to_gradients(&self) -> bool {
-        self.blocks() || matches!(self, Method::Ewc { .. } | Method::Paper(_) | Method::Released(_))
+        self.blocks() || matches!(self, Method::Ewc { .. } | Method::L2 { .. } | Method::Paper(_) | Method::Released(_))
     }
 
     /// Whether tasks have adapters, of which a request gets one.
@@ -208,7 +216,9 @@ impl Method {
         };
         strength("tau", f64::from(self.tau()))?;
         match self {
-            Method::Ewc { lambda } | Method::Olora { lambda } => strength("lambda", f64::from(*lambda)),
+            Method::Ewc { lambda } | Method::L2 { lambda } | Method::Olora { lambda } => {
+                strength("lambda", f64::from(*lambda))
+            }
             Method::Released(r) => strength("lambda", r.lambda),
             Method::Inflora { energy } => {
                 ensure!(*energy > 0.0 && *energy < 1.0, Usage, "inflora: energy = {energy} is impossible");

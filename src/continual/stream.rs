@@ -192,7 +192,8 @@ impl Stream {
         let values = learner.values()?;
         self.state.reports[task].norm = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         if self.state.method.routes().is_some() {
-            self.state.router.add(&learner.features(task, Split::Train)?)?;
+            let features = learner.features(task, Split::Train)?;
+            self.state.router.add(&features, &learner.kinds(task))?;
         }
         self.seconds.search += begun.elapsed().as_secs_f64();
         let begun = Instant::now();

@@ -41,6 +41,8 @@ pub(super) trait AnyModel: Send + Sync {
     fn batch(&self, how: &Batch, prompts: &[Prompt], done: Done<'_>) -> Result<DecodeStats>;
     fn diffuse(&self, texts: &mut [crate::diffusion::Schedule], on: crate::diffusion::OnPass<'_>) -> Result<()>;
     fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>>;
+    /// What a router of tasks sees of a prompt.
+    fn features(&self, prompt: &[u32], layer: usize) -> Result<Vec<f32>>;
     /// An `Arc<Adapter<B>>`.
     fn adapter(&self, modules: &[ModuleValues]) -> Result<Erased>;
     /// Bytes of it on the device.
@@ -217,6 +219,10 @@ impl<B: Train> AnyModel for Shared<B> {
 
     fn serving(&self, sequences: usize, rows: usize, taps: &[usize]) -> Result<Box<dyn AnySlots>> {
         Ok(Box::new(Slots::new(self.0.clone(), sequences, rows, taps)?))
+    }
+
+    fn features(&self, prompt: &[u32], layer: usize) -> Result<Vec<f32>> {
+        super::routed::features(&self.0, prompt, layer)
     }
 
     fn adapter(&self, modules: &[ModuleValues]) -> Result<Erased> {

@@ -196,6 +196,7 @@ fn penalties_of_no_strength_are_the_sequential_method_bit_for_bit() {
     let plain = values(Method::Sequential);
     for method in [
         Method::Ewc { lambda: 0.0 },
+        Method::L2 { lambda: 0.0 },
         Method::Anchor { tau: 0.0 },
         Method::Random { tau: 0.0 },
         Method::Paper(Paper { tau: 0.0, ..Paper::default() }),
@@ -204,6 +205,7 @@ fn penalties_of_no_strength_are_the_sequential_method_bit_for_bit() {
     }
     for method in [
         Method::Ewc { lambda: 1.0 },
+        Method::L2 { lambda: 0.1 },
         Method::Anchor { tau: 0.5 },
         Method::Random { tau: 0.5 },
         Method::Paper(Paper { tau: 0.5, ..Paper::default() }),
@@ -216,6 +218,7 @@ fn penalties_of_no_strength_are_the_sequential_method_bit_for_bit() {
 fn every_penalty_acts_behind_the_first_task() {
     for method in [
         Method::Ewc { lambda: 1.0 },
+        Method::L2 { lambda: 0.1 },
         Method::Anchor { tau: 0.1 },
         Method::Random { tau: 0.1 },
         Method::Paper(Paper { tau: 0.1, query: 2, ..Paper::default() }),
@@ -255,6 +258,7 @@ fn a_stream_that_is_killed_anywhere_goes_on_to_the_same_bits() {
         Method::Sequential,
         Method::Isolated(Route::Router),
         Method::Ewc { lambda: 1.0 },
+        Method::L2 { lambda: 0.1 },
         Method::Anchor { tau: 0.2 },
         Method::Random { tau: 0.2 },
         Method::Paper(Paper { query: 3, ..Paper::default() }),
