@@ -218,6 +218,8 @@ fn the_cpu_meets_the_goldens() {
             check(Arc::new(Cpu::with(2, tier, Compute::Exact)), name, 2e-5, 1e-4);
         }
     }
+    // Where there are instructions for bf16, operands are rounded to it.
+    check(Arc::new(Cpu::with(2, Tier::detect(), Compute::Fast)), "tiny-vit-timm", 0.05, 0.1);
 }
 
 /// bf16 operands.
