@@ -111,6 +111,8 @@ fn probe(state: &State, examples: usize, learner: &mut dyn Learner) -> Result<Si
         sum.iter_mut().zip(&g).for_each(|(s, g)| *s += g * samples.len() as f32);
     }
     let mut own = signature::split(learner.layout(), &sum, Part::B);
+    let zero = own.iter().flatten().all(|x| *x == 0.0);
+    ensure!(!zero, Usage, "task {task}: its gradient at the first adapter is 0: nothing tells it from others");
     signature::normalize(&mut own);
     Ok(own)
 }

@@ -4,7 +4,11 @@ use super::layout::{Layout, Module};
 use super::learner::{Learner, Moments, Penalty, Sample, Split};
 use crate::backend::Train;
 use crate::error::{Result, bail, ensure};
-use crate::vision::{Examples, VisionTrainer};
+use crate::rng::Rng;
+use crate::vision::{Examples, VisionTrainer, VitRole};
+
+/// Stream of the head's first values.
+const HEAD: u64 = 1 << 61;
 
 /// Some classes and their pictures.
 #[derive(Clone, Debug)]
@@ -45,11 +49,12 @@ pub struct Pictures<B: Train> {
 }
 
 impl<B: Train> Pictures<B> {
-    /// Of a trainer with an adapter.
+    /// Of a trainer with an adapter. A head of zeros begins with small random weights instead: no gradient would come through it, and
+    /// signatures would say nothing.
     ///
     /// # Errors
-    /// A trainer without one; classes that its head does not have.
-    pub fn new(trainer: VisionTrainer<B>, tasks: Vec<PictureTask>) -> Result<Self> {
+    /// A trainer without an adapter; classes that its head does not have.
+    pub fn new(mut trainer: VisionTrainer<B>, tasks: Vec<PictureTask>, seed: u64) -> Result<Self> {
         let places = trainer.places();
         ensure!(!places.is_empty(), Usage, "a stream is learnt with an adapter");
         let classes = trainer.vit().config().classes;
@@ -62,6 +67,15 @@ impl<B: Train> Pictures<B> {
         let len = trainer.params().map(crate::model::Param::len).sum();
         let layout = Layout { modules: places.into_iter().map(module).collect(), len };
         layout.check()?;
+        let name = VitRole::Head.to_string();
+        if let Some(span) = trainer.span(&name) {
+            let mut values = trainer.values()?;
+            if values[span.clone()].iter().all(|x| *x == 0.0) {
+                let mut rng = Rng::stream(seed, HEAD);
+                values[span].iter_mut().for_each(|x| *x = 0.02 * rng.normal());
+                trainer.set_values(&values)?;
+            }
+        }
         let features = tasks.iter().map(|_| [None, None]).collect();
         Ok(Self { trainer, layout, tasks, features })
     }
