@@ -7,6 +7,10 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+#[cfg(doctest)]
+#[doc = include_str!("../docs/serving.md")]
+struct Serving;
+
 pub mod backend;
 pub mod bench;
 pub mod cli;

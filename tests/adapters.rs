@@ -28,7 +28,7 @@ fn checkpoint(name: &str) -> Checkpoint {
 fn values(cfg: &ModelConfig, n: usize) -> Vec<ModuleValues> {
     let mut rng = Rng::new(100 + n as u64);
     let specs = (0..cfg.layers).flat_map(|layer| LayerRole::LINEARS.map(|role| (layer, role)));
-    let some = specs.enumerate().filter(|(i, _)| n == 3 || (i + n) % 4 != 0).map(|(_, m)| m);
+    let some = specs.enumerate().filter(|(i, _)| n == 3 || !(i + n).is_multiple_of(4)).map(|(_, m)| m);
     let value = |(layer, role): (usize, LayerRole)| {
         let [out, input] = Role::Layer(layer, role).shape(cfg).unwrap();
         // One module has a rank of its own.
@@ -341,8 +341,8 @@ fn maps_that_do_not_fit_are_refused() {
     let cfg = bench.model.config().clone();
     let adapter = Arc::new(Adapter::new(&Naive, &cfg, &values(&cfg, 0)).unwrap());
     let layers = cfg.layers;
-    for ranges in [vec![0..0], vec![0..layers + 1], vec![0..1, 0..2]] {
-        let parts: Vec<_> = ranges.into_iter().map(|r| (r, adapter.clone())).collect();
+    for ranges in [&[(0, 0)][..], &[(0, layers + 1)], &[(0, 1), (0, 2)]] {
+        let parts: Vec<_> = ranges.iter().map(|&(from, to)| (from..to, adapter.clone())).collect();
         assert!(AdapterMap::of_ranges(layers, &parts).is_err());
     }
     assert!(AdapterMap::of_ranges(layers + 1, &[(0..1, adapter.clone())]).is_err());
