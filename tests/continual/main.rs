@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod language;
+mod pictures;
 mod search;
 mod toy;
 mod trees;
