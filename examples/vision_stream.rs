@@ -22,8 +22,8 @@ use quadriga::vision::{Examples, Fresh, TrainedVit, Trains, VisionTrainer, Vit, 
 
 const CLASSES: usize = 10;
 const BATCH: usize = 32;
-/// Training and test pictures of a class.
-const SIZES: [usize; 2] = [400, 100];
+/// Training and test pictures of a class in the stream, and training pictures of a class for the backbone.
+const SIZES: [usize; 3] = [400, 100, 3000];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -74,7 +74,7 @@ fn pretrain(train: &Examples, test: &Examples, out: &Path, be: &Arc<Cpu>) -> Res
     (config.channels, config.mlp) = (1, 128);
     let fresh = Fresh::new(config, 1)?;
     let (vit, masters) = Vit::load(be.clone(), &fresh, Trains::All)?;
-    let steps = 600;
+    let steps = 1500;
     let schedule = Schedule { kind: Kind::Cosine, warmup: steps / 20, total: steps, floor: 0.02 };
     let settings = Settings { lr: 2e-3, weight_decay: 0.05, schedule, ..Settings::default() };
     let mut trainer = VisionTrainer::new(vit, masters, None, settings, BATCH)?;
@@ -96,7 +96,7 @@ fn run(folder: &Path, out: &Path, seed: u64, names: &str) -> Result<()> {
     std::fs::create_dir_all(out).map_err(|e| Error::io(out.display(), e))?;
     let backbone = out.join("backbone");
     if !backbone.join("config.json").is_file() {
-        pretrain(&train, &test, &backbone, &be)?;
+        pretrain(&load(folder, "train", SIZES[2])?, &test, &backbone, &be)?;
     }
     let tasks = split_classes(&train, &test, CLASSES, 2)?;
     println!("method       average  BWT     learning  adapters  steps   seconds");

@@ -28,7 +28,7 @@ pub use language::{Language, LanguageSettings, TextExample, TextStream, TextTask
 pub use layout::{Layout, Module};
 pub use learner::{Learner, Moments, OnGradient, Penalty, Sample, Split};
 pub use methods::differences;
-pub use router::Router;
+pub use router::{Ready, Router};
 pub use settings::{Grouped, Method, Paper, Plan, Released, Route};
 pub use state::{Member, Stage, State, TaskReport, Tensor};
 pub use stream::{Event, Seconds, Stream};

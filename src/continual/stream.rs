@@ -226,7 +226,8 @@ impl Stream {
             Some(Route::Oracle) if j < learnt => vec![j; n],
             Some(_) => {
                 let features = learner.features(j, Split::Test)?;
-                features.iter().map(|f| Ok(self.state.router.route(f)?.0)).collect::<Result<_>>()?
+                let router = self.state.router.ready()?;
+                features.iter().map(|f| Ok(router.route(f)?.0)).collect::<Result<_>>()?
             }
         };
         let mut counts = vec![0; learnt];

@@ -43,7 +43,7 @@ impl TaskRouter {
     pub fn route(&self, prompt: &[u32]) -> Result<Routed> {
         ensure!(!prompt.is_empty(), Usage, "the prompt is empty: there is nothing to route by");
         let feature = self.pool.engine().0.model.features(prompt, self.routing.layer)?;
-        let (k, margin) = self.routing.router.route(&feature)?;
+        let (k, margin) = self.routing.router.ready()?.route(&feature)?;
         let task = self.routing.tasks[k].clone();
         Ok(Routed { adapters: self.pool.get(&task)?, task, margin })
     }
