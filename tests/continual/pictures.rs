@@ -11,7 +11,9 @@ use quadriga::model::lora::ModuleSpec;
 use quadriga::model::roles::LayerRole;
 use quadriga::rng::Rng;
 use quadriga::train::Settings;
-use quadriga::vision::{Examples, Fresh, Images, Trains, VisionTrainer, Vit, VitConfig, adapter};
+use quadriga::vision::{
+    Examples, Fresh, Images, TrainedVit, Trains, VisionTrainer, Vit, VitConfig, VitSource, adapter,
+};
 
 const CLASSES: usize = 6;
 
@@ -29,11 +31,36 @@ fn bars(each: usize, seed: u64) -> Examples {
     Examples::new(Images::new([1, 8, 8], pixels).unwrap(), labels).unwrap()
 }
 
-fn learner<B: Train>(be: B, rank: usize) -> Pictures<B> {
+fn fresh() -> Fresh {
     let mut config = VitConfig::new(8, 2, 16, 2, 2, CLASSES);
     (config.channels, config.mlp) = (1, 32);
-    let be = Arc::new(be);
-    let (vit, masters) = Vit::load(be.clone(), &Fresh::new(config, 1).unwrap(), Trains::Head).unwrap();
+    Fresh::new(config, 1).unwrap()
+}
+
+fn learner<B: Train>(be: B, rank: usize) -> Pictures<B> {
+    of(Arc::new(be), rank, &fresh())
+}
+
+/// The same on a model that has learnt to see bars, but for its head.
+fn trained(rank: usize) -> Pictures<Cpu> {
+    let be = Arc::new(cpu());
+    let (vit, masters) = Vit::load(be.clone(), &fresh(), Trains::All).unwrap();
+    let settings = Settings { lr: 5e-3, ..Settings::default() };
+    let mut trainer = VisionTrainer::new(vit, masters, None, settings, 30).unwrap();
+    let data = bars(40, 7);
+    for step in 0..120 {
+        let which: Vec<usize> = (0..30).map(|i| (step * 30 + i) % data.labels.len()).collect();
+        trainer.step(&data.pick(&which).unwrap(), &[]).unwrap();
+    }
+    assert!(trainer.evaluate(&bars(5, 8), &[]).unwrap().correct > 28);
+    let n = trainer.span("head.w").unwrap().len();
+    trainer.set("head.w", &vec![0.0; n]).unwrap();
+    trainer.set("head.b", &[0.0; CLASSES]).unwrap();
+    of(be, rank, &TrainedVit { vit: trainer.vit(), masters: trainer.masters(), rest: &fresh() })
+}
+
+fn of<B: Train>(be: Arc<B>, rank: usize, source: &dyn VitSource) -> Pictures<B> {
+    let (vit, masters) = Vit::load(be.clone(), source, Trains::Head).unwrap();
     let specs: Vec<ModuleSpec> = (0..2)
         .flat_map(|layer| [LayerRole::Q, LayerRole::V].map(|role| ModuleSpec { role, layer, rank, scale: 2.0 }))
         .collect();
@@ -57,17 +84,17 @@ fn plan() -> Plan {
 
 #[test]
 fn one_head_forgets_and_routed_adapters_do_not() {
-    let alone = run(&mut learner(cpu(), 2), Method::Sequential, plan()).scores.measures().unwrap();
-    let routed = run(&mut learner(cpu(), 2), Method::Isolated(Route::Router), plan());
+    let alone = run(&mut trained(2), Method::Sequential, plan()).scores.measures().unwrap();
+    let routed = run(&mut trained(2), Method::Isolated(Route::Router), plan());
     let m = routed.scores.measures().unwrap();
-    assert!(alone.learning > 0.9 && alone.bwt < -0.3, "{alone:?}");
-    assert!(m.average > 0.9 && m.average > alone.average + 0.2, "{m:?} {alone:?}");
+    assert!(alone.learning > 0.9 && alone.bwt < -0.2, "{alone:?}");
+    assert!(m.average > 0.9 && m.average > alone.average + 0.1, "{m:?} {alone:?}");
     assert!(routed.reports[2].routed.iter().enumerate().all(|(j, c)| c[j] >= 11), "{:?}", routed.reports[2].routed);
 }
 
 #[test]
 fn signatures_of_other_classes_are_far_and_those_of_the_same_are_near() {
-    let mut l = learner(cpu(), 2);
+    let mut l = trained(2);
     let state = run(&mut l, Method::Tree(Grouped { probe: 0, gate: 0.0, ..Grouped::default() }), plan());
     let apart = &state.reports[2].distances;
     assert!(apart.iter().all(|d| *d > 0.4), "{apart:?}");

@@ -27,7 +27,12 @@ impl Linear {
     pub fn new(clusters: &[usize], near: f32, rate: f32, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let mut normal = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.normal()).collect() };
-        let centres: Vec<Vec<f32>> = (0..4).map(|_| normal(D)).collect();
+        // Rows of signs, any two of which differ in half of the places, so that clusters are surely apart.
+        let centre = |c: usize| -> Vec<f32> {
+            let sign = |i: usize| if (i & c).count_ones() % 2 == 0 { 1.5 } else { -1.5 };
+            normal(D).iter().enumerate().map(|(i, x)| sign(i) + 0.2 * x).collect()
+        };
+        let centres: Vec<Vec<f32>> = (0..4).map(centre).collect();
         let task = |&c: &usize| {
             let w = centres[c].iter().zip(normal(D)).map(|(c, e)| c + near * e).collect();
             ((0..N).map(|_| normal(D)).collect(), w)
@@ -152,7 +157,7 @@ fn groups_are_the_planted_ones_and_nothing_is_forgotten() {
     for seed in 0..20 {
         let clusters = [0, 1, 2, 1, 0, 2];
         let mut l = Linear::new(&clusters, 0.02, 0.1, seed);
-        let settings = Grouped { probe: 0, share: 0.25, gate: 0.0, ..Grouped::default() };
+        let settings = Grouped { probe: 0, share: 0.35, gate: 0.0, ..Grouped::default() };
         let state = run(&mut l, Method::Tree(settings), plan(), 6);
         let groups: Vec<Vec<usize>> = state.members.iter().map(|m| m.tasks.clone()).collect();
         assert_eq!(groups, [[0, 4], [1, 3], [2, 5]], "seed {seed}");
@@ -168,7 +173,7 @@ fn groups_are_the_planted_ones_and_nothing_is_forgotten() {
 #[test]
 fn a_task_that_comes_again_is_not_learnt_again() {
     let mut l = Linear::new(&[0, 1, 0], 0.0, 0.1, 4);
-    let settings = Grouped { probe: 0, share: 0.3, gate: 0.25, ..Grouped::default() };
+    let settings = Grouped { probe: 0, share: 0.35, gate: 0.25, ..Grouped::default() };
     let state = run(&mut l, Method::Tree(settings), plan(), 3);
     assert_eq!(state.reports[2].steps, 0, "{:?}", state.reports[2].distances);
     assert_eq!(state.members.len(), 2);
