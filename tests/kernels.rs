@@ -6,9 +6,9 @@
 
 mod common;
 
-use quadriga::backend::Backend;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
+use quadriga::backend::{Backend, Ranks};
 use quadriga::bench::{Op, Output, Prepared, Setup, Storage, ops};
 use quadriga::dtype::DType;
 
@@ -209,4 +209,11 @@ fn costs_are_those_of_the_definition() {
     assert_eq!((linear.bytes, linear.flops), (8.0 * (200.0 + 30.0 + 60.0), 1200.0));
     let add = cost(Op::Add { rows: 2, d: 5 });
     assert_eq!((add.bytes, add.flops), (240.0, 10.0));
+    // The group without rows reads nothing.
+    let groups = &[2, 0, 1];
+    let shrink = cost(Op::ShrinkRows { groups, input: 10, ranks: 4 });
+    assert_eq!((shrink.bytes, shrink.flops), (8.0 * (30.0 + 12.0 + 2.0 * 40.0), 240.0));
+    // y is read and written, and only the part of h is read.
+    let expand = cost(Op::ExpandRows { groups, output: 10, part: Ranks { stride: 9, first: 3, n: 4 } });
+    assert_eq!((expand.bytes, expand.flops), (8.0 * (60.0 + 12.0 + 2.0 * 40.0), 240.0));
 }

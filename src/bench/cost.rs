@@ -27,6 +27,11 @@ fn visible_pairs(a: &Attn, masks: &[Mask<'_>]) -> usize {
     pairs
 }
 
+/// Rows of all groups, and how many groups have any.
+fn grouped(groups: &[usize]) -> (usize, usize) {
+    (groups.iter().sum(), groups.iter().filter(|n| **n > 0).count())
+}
+
 /// `weights`: bytes of one set of the operation's matrices. Transcendental functions count as eight operations.
 pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cost {
     let Sizes { act, acc, kv } = s;
@@ -85,6 +90,15 @@ pub(super) fn cost(op: &Op, weights: usize, s: Sizes, masks: &[Mask<'_>]) -> Cos
         Op::VerifyTree { sequences, nodes, by: Verify::Match, .. } => (12 * sequences * nodes, 0),
         // One rejection in a sequence, and one draw.
         Op::VerifyTree { sequences, vocab, .. } => (2 * sequences * vocab * acc, 6 * sequences * vocab),
+        // Each adapter that has rows is read once, whatever their number.
+        Op::ShrinkRows { groups, input, ranks } => {
+            let (rows, used) = grouped(groups);
+            (rows * (input * act + ranks * acc) + used * input * ranks * acc, 2 * rows * input * ranks)
+        }
+        Op::ExpandRows { groups, output, part } => {
+            let (rows, used) = grouped(groups);
+            ((rows * (2 * output + part.n) + used * output * part.n) * acc, 2 * rows * output * part.n)
+        }
     };
     Cost { bytes: bytes as f64, flops: flops as f64 }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::shapes::{SHAPES, Shape};
-use crate::backend::{AttnSpec, Order, Score};
+use crate::backend::{AttnSpec, Order, Ranks, Score};
 use crate::dtype::DType::{self, *};
 use crate::model::config::Activation::{self, GeluTanh, Silu};
 
@@ -42,7 +42,7 @@ impl Attn {
 }
 
 /// An operation of the backend with its sizes. `rows` are rows of activations, `d` their width; of texts to unmask the masked
-/// positions of each. Trees to verify are binary; `Rule::Match` looks at no vocabulary.
+/// positions of each. Trees to verify are binary; `Rule::Match` looks at no vocabulary. `groups` are rows that share an adapter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Op {
@@ -74,6 +74,8 @@ pub enum Op {
     Forbid { rows: usize, vocab: usize, each: usize },
     Unmask { sequences: usize, rows: usize, length: usize, score: Score },
     VerifyTree { sequences: usize, nodes: usize, vocab: usize, by: Verify },
+    ShrinkRows { groups: &'static [usize], input: usize, ranks: usize },
+    ExpandRows { groups: &'static [usize], output: usize, part: Ranks },
 }
 
 /// The form of [`Rule`](crate::backend::Rule) without its data.
@@ -127,6 +129,8 @@ impl Op {
             Op::Forbid { .. } => "forbid",
             Op::Unmask { .. } => "unmask",
             Op::VerifyTree { .. } => "verify_tree",
+            Op::ShrinkRows { .. } => "shrink_rows",
+            Op::ExpandRows { .. } => "expand_rows",
         }
     }
 
@@ -180,6 +184,8 @@ impl Op {
             Op::HeadNorm { head_dim, .. } => head_dim,
             Op::Linear { input, .. } | Op::Qkv { input, .. } | Op::LinearGlu { input, .. } => input,
             Op::LogitsStats { vocab, .. } => vocab,
+            Op::ShrinkRows { input, .. } => input,
+            Op::ExpandRows { part, .. } => part.n,
             // A weight's exponent is rounded three times before it is one.
             Op::Distribution { .. } => 9,
             _ => self
@@ -187,6 +193,17 @@ impl Op {
                 .map_or(1, |a| a.spec.head_dim + a.segments.iter().map(|s| s.0 + a.staged + s.1).max().unwrap_or(0)),
         }
     }
+}
+
+/// The rank, and which of the columns it is.
+pub(super) fn part(p: Ranks) -> String {
+    if p == Ranks::all(p.n) { p.n.to_string() } else { format!("{}+{}/{}", p.first, p.n, p.stride) }
+}
+
+/// Rows, and how many groups share them.
+pub(super) fn grouped(groups: &[usize]) -> String {
+    let (rows, n) = (groups.iter().sum::<usize>(), groups.len());
+    if n == 1 { rows.to_string() } else { format!("{rows} in {n}") }
 }
 
 /// The sizes, as a table shows them.
@@ -228,6 +245,8 @@ impl fmt::Display for Op {
                 write!(f, "{sequences} of {nodes}x{vocab} {order:?}{of}")
             }
             Op::VerifyTree { sequences, nodes, .. } => write!(f, "{sequences} of {nodes} match"),
+            Op::ShrinkRows { groups, input, ranks } => write!(f, "{}x{input}>{ranks}", grouped(groups)),
+            Op::ExpandRows { groups, output, part: p } => write!(f, "{}x{}>{output}", grouped(groups), part(p)),
             Op::RopeStage(a)
             | Op::KvStage(a)
             | Op::KvCommit(a)
@@ -322,6 +341,18 @@ pub fn realistic() -> Vec<Case> {
         ops.extend(Verify::ALL[1..].iter().map(|by| Op::VerifyTree { sequences: 4, nodes: 8, vocab, by: *by }));
         ops.push(Op::Embed { dtype: m.head, vocab: m.vocab, d, rows: 512 });
         ops.push(Op::GatherRows { from: 512, rows: 8, d });
+        // A decoding pass of rows with one adapter, and with one each. q, k and v stack their A, gate and up theirs.
+        for groups in [&[1][..], &[8], &[1; 8], &[64], &[1; 64]] {
+            for n in [8, 64] {
+                ops.extend([
+                    Op::ShrinkRows { groups, input: d, ranks: 3 * n },
+                    Op::ExpandRows { groups, output: q, part: Ranks { stride: 3 * n, first: 0, n } },
+                    Op::ExpandRows { groups, output: ffn, part: Ranks { stride: 2 * n, first: n, n } },
+                    Op::ShrinkRows { groups, input: ffn, ranks: n },
+                    Op::ExpandRows { groups, output: d, part: Ranks::all(n) },
+                ]);
+            }
+        }
         v.extend(ops.into_iter().map(|op| Case { op, model: m.name, large: m.large }));
     }
     // What a GPU's libraries are measured by: an 8B model in bf16, and long contexts.
@@ -425,6 +456,16 @@ pub fn odd() -> Vec<Op> {
     }
     for (sequences, rows, length) in [(1, 1, 1), (3, 7, 20), (2, 300, 700)] {
         v.extend([Score::Entropy, Score::Confidence].map(|score| Op::Unmask { sequences, rows, length, score }));
+    }
+    let groups: [&'static [usize]; 6] = [&[1], &[17], &[1; 5], &[0, 3, 0, 0, 9, 1], &[0, 2, 0], &[70, 1]];
+    for (i, groups) in groups.into_iter().enumerate() {
+        for (j, n) in [1, 3, 8, 16, 33, 100, 256].into_iter().enumerate() {
+            // Inputs across one vector and across four, and outputs that no share of a thread divides.
+            let (input, output) = ([1, 7, 75, 130, 576][(i + j) % 5], [5, 1, 41, 67, 515][(i + 2 * j) % 5]);
+            let parts = [Ranks::all(n), Ranks { stride: 2 * n + 3, first: n + 1, n }];
+            v.push(Op::ShrinkRows { groups, input, ranks: n });
+            v.extend(parts.map(|part| Op::ExpandRows { groups, output, part }));
+        }
     }
     v
 }

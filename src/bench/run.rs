@@ -9,7 +9,7 @@ use super::decoding::{Decoding, normalize};
 use super::inputs::{Storage, from_elems, matrix, normals, to_elems};
 use super::ops::{Op, Verify};
 use super::timing;
-use crate::backend::{Backend, Buffer, In, Linear, Mask, TreeMask, WeightInfo};
+use crate::backend::{Backend, Buffer, Group, In, Linear, Mask, TreeMask, WeightInfo};
 use crate::error::Result;
 use crate::perf::Cost;
 use crate::rng::Rng;
@@ -61,6 +61,8 @@ pub struct Prepared<'b, B: Backend> {
     act: Vec<B::Buf<B::Act>>,
     /// Copies of the operation's matrices.
     weights: Vec<Vec<Linear<B>>>,
+    /// Copies of what its groups of rows have.
+    adapters: Vec<Vec<B::Buf<B::Acc>>>,
     ids: Vec<u32>,
     decoding: Decoding,
     /// What [`Decoding::new`] lists.
@@ -97,6 +99,11 @@ fn acc_inputs(op: &Op) -> Vec<(usize, bool)> {
         Op::Unmask { sequences, rows, .. } => vec![(3 * sequences * rows, true)],
         Op::VerifyTree { by: Verify::Match, .. } => vec![(1, true); 2],
         Op::VerifyTree { sequences, nodes, vocab, .. } => vec![(sequences * nodes * vocab, true); 2],
+        Op::ShrinkRows { groups, ranks, .. } => vec![(groups.iter().sum::<usize>() * ranks, false)],
+        Op::ExpandRows { groups, output, part } => {
+            let rows: usize = groups.iter().sum();
+            vec![(rows * output, true), (rows * part.stride, true)]
+        }
         Op::RopeStage(a)
         | Op::KvStage(a)
         | Op::KvCommit(a)
@@ -120,6 +127,7 @@ fn act_inputs(op: &Op) -> Vec<(usize, bool, usize)> {
         Op::LinearGlu { rows, input, output, .. } => {
             vec![(rows * input, true, input), (rows * output, false, output)]
         }
+        Op::ShrinkRows { groups, input, .. } => vec![(groups.iter().sum::<usize>() * input, true, input)],
         _ => op.attn().map(|a| (a.rows() * a.spec.q_dim(), false, a.spec.q_dim())).into_iter().collect(),
     }
 }
@@ -132,6 +140,15 @@ fn matrices(op: &Op) -> (Vec<(usize, bool)>, usize) {
         Op::Qkv { input, q, kv, bias, .. } => (vec![(q, bias), (kv, bias), (kv, bias)], input),
         Op::LinearGlu { input, output, .. } => (vec![(output, false), (output, false)], input),
         _ => (Vec::new(), 0),
+    }
+}
+
+/// Groups that have a matrix of an adapter, and its elements.
+fn adapter(op: &Op) -> (usize, usize) {
+    match *op {
+        Op::ShrinkRows { groups, input, ranks } => (groups.len(), ranks * input),
+        Op::ExpandRows { groups, output, part } => (groups.len(), output * part.n),
+        _ => (0, 0),
     }
 }
 
@@ -216,9 +233,12 @@ impl<'b, B: Backend> Prepared<'b, B> {
             let w = matrix(&mut rng, op.dtype().unwrap_or(crate::dtype::DType::F32), output, input)?;
             sources.push((w, bias.then(|| normals(&mut rng, output))));
         }
+        let (groups, elements) = adapter(&op);
+        let lora: Vec<Vec<f32>> = (0..groups).map(|_| normals(&mut rng, elements)).collect();
+        let lora_bytes = groups * elements * size_of::<B::Acc>();
         let kv_row = op.attn().map_or(0, |a| 2 * a.spec.kv_dim() * setup.kv_bytes);
         let kv_rows: usize = op.attn().map_or(0, |a| a.segments.iter().map(|s| s.0 + a.staged + s.1).sum());
-        let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + kv_row * kv_rows;
+        let one = sources.iter().map(|(w, _)| w.data.len()).sum::<usize>() + lora_bytes + kv_row * kv_rows;
         // An embedding is read by rows, and a cache is committed while its rows are warm: copies would change nothing.
         let rotate =
             one > 0 && !matches!(op, Op::Embed { .. } | Op::KvCommit(_) | Op::KvCommitBatch(_) | Op::KvCopy(_));
@@ -231,6 +251,10 @@ impl<'b, B: Backend> Prepared<'b, B> {
             });
             weights.push(set.collect::<Result<Vec<_>>>()?);
         }
+        let mut adapters = Vec::new();
+        for _ in 0..copies {
+            adapters.push(lora.iter().map(|m| upload_acc(be, m)).collect::<Result<_>>()?);
+        }
         let sizes = Sizes { act: size_of::<B::Act>(), acc: size_of::<B::Acc>(), kv: setup.kv_bytes };
         let mut p = Self {
             be,
@@ -238,6 +262,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
             acc,
             act,
             weights,
+            adapters,
             ids,
             decoding,
             id_buffers,
@@ -294,7 +319,7 @@ impl<'b, B: Backend> Prepared<'b, B> {
         if let Some(a) = self.op.attn().copied() {
             return self.step_cached(&a, if self.copies > 1 { turn } else { 1 }, composed);
         }
-        let Self { be, acc, act, weights, ids, decoding, id_buffers, .. } = self;
+        let Self { be, acc, act, weights, adapters, ids, decoding, id_buffers, .. } = self;
         let w: &[Linear<B>] = weights.get(turn).map_or(&[], |w| w);
         let all = |b: &B::Buf<B::Acc>| b.len();
         match (self.op, &mut acc[..], &mut act[..]) {
@@ -345,6 +370,14 @@ impl<'b, B: Backend> Prepared<'b, B> {
             (Op::Rope { head_dim, .. }, [x, table], _) => {
                 let n = x.len();
                 be.rope(x.head_mut(n), table.head(table.len()), head_dim)
+            }
+            (Op::ShrinkRows { groups: g, ranks, .. }, [h], [x]) => {
+                let n = h.len();
+                be.shrink_rows(h.head_mut(n), x.head(x.len()), ranks, &groups(g, &adapters[turn]))
+            }
+            (Op::ExpandRows { groups: g, part, .. }, [y, h], _) => {
+                let n = y.len();
+                be.expand_rows(y.head_mut(n), h.head(h.len()), part, &groups(g, &adapters[turn]))
             }
             (op, ..) => decoding.step(*be, &op, acc, id_buffers),
         }
@@ -427,6 +460,12 @@ impl<'b, B: Backend> Prepared<'b, B> {
     fn wait(&self) -> Result<()> {
         self.be.download_acc(self.acc[0].head(1), &mut [0.0])
     }
+}
+
+/// So many rows each, with these matrices.
+fn groups<'a, B: Backend>(rows: &[usize], matrices: &'a [B::Buf<B::Acc>]) -> Vec<Group<'a, B>> {
+    let each = rows.iter().zip(matrices).enumerate();
+    each.map(|(i, (&rows, m))| Group { rows, matrix: m.head(m.len()), scale: 0.5 + i as f32 / 4.0 }).collect()
 }
 
 fn download<B: Backend, T: crate::dtype::Elem>(be: &B, from: In<'_, B, T>, n: usize) -> Result<Vec<T>> {

@@ -6,7 +6,7 @@ use crate::error::{Result, ensure};
 
 /// P C P with P = I - U^T U, and its eigenvectors with their eigenvalues, largest first.
 fn outside(c: &[f64], basis: &[f32], d: usize) -> Result<Vec<(f64, Vec<f64>)>> {
-    ensure!(c.len() == d * d && basis.len() % d.max(1) == 0, Shape, "{} products for inputs of {d}", c.len());
+    ensure!(c.len() == d * d && basis.len().is_multiple_of(d.max(1)), Shape, "{} products for inputs of {d}", c.len());
     let c = DMatrix::from_row_slice(d, d, c);
     let u = DMatrix::from_row_iterator(basis.len() / d, d, basis.iter().map(|x| f64::from(*x)));
     let p = DMatrix::identity(d, d) - u.transpose() * u;

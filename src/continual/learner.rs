@@ -2,6 +2,7 @@
 
 use super::layout::Layout;
 use crate::error::Result;
+pub use crate::train::Moments;
 
 /// A training example: its task, and its place among that task's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,9 +33,6 @@ pub struct Penalty<'a> {
     /// Pulls each value towards its reference behind the update: theta = ref + soft(theta - ref, rate times this).
     pub pull: Option<(&'a [f32], f32)>,
 }
-
-/// Vectors by name: an optimiser's state.
-pub type Moments = Vec<(String, Vec<f32>)>;
 
 /// A model with one adapter, its optimiser, and the examples of a stream's tasks. Values, gradients and references are flat vectors
 /// as its [`Layout`] says. Classes are numbered over the whole stream; tasks may share them.

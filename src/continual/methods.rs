@@ -36,7 +36,7 @@ pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut T
         Method::Olora { .. } => {
             let layout = learner.layout();
             let rank = layout.modules.first().map_or(0, |m| m.rank);
-            ensure!(rank % state.tasks == 0 && rank > 0, Shape, "rank {rank} for {} tasks", state.tasks);
+            ensure!(rank.is_multiple_of(state.tasks) && rank > 0, Shape, "rank {rank} for {} tasks", state.tasks);
             learner.restart()?;
         }
         Method::Inflora { .. } => {
@@ -161,7 +161,7 @@ impl Chosen {
                     new.paths.push(path);
                 }
                 let reference = composite(state, learner.layout(), &new.tasks);
-                if settings.query > 0 && step % settings.query == 0 {
+                if settings.query > 0 && step.is_multiple_of(settings.query) {
                     let values = learner.values()?;
                     learner.set_values(&reference)?;
                     let gradient = learner.gradient(samples);
@@ -258,7 +258,7 @@ pub(super) fn on_gradient(
 
 /// running += weight v, which begins at 0 with every epoch.
 fn accumulate(state: &mut State, chosen: &Chosen, v: &[f32], weight: f32) {
-    if chosen.step % chosen.per_epoch == 0 {
+    if chosen.step.is_multiple_of(chosen.per_epoch) {
         state.running = vec![0.0; v.len()];
         state.summed = 0;
     }

@@ -162,7 +162,7 @@ mod tests {
         f.add(&[values(6, 5)], &at);
         let mut grad = vec![0.0; 6];
         assert!(f.pull(3.0, &x, &mut grad) > 0.0);
-        let by_hand = differences(&x, |v| f.pull(3.0, v, &mut vec![0.0; 6]));
+        let by_hand = differences(&x, |v| f.pull(3.0, v, &mut [0.0; 6]));
         grad.iter().zip(by_hand).for_each(|(g, d)| assert!((f64::from(*g) - d).abs() < 1e-3, "{g} {d}"));
         assert_eq!(f.pull(3.0, &at, &mut grad.clone()), 0.0);
     }

@@ -91,7 +91,7 @@ impl OnDevice for Job<'_> {
             let settings = Settings { lr: 1e-5, ..Settings::default() };
             let trainable = Trainable::Adapter(adapter);
             let mut trainer = Trainer::new(model_now, trainable, settings, rows, Recompute::default())?;
-            let last = |r: u32| (r as usize + 1) % what.length == 0;
+            let last = |r: u32| (r as usize + 1).is_multiple_of(what.length);
             let wanted: Vec<u32> = (0..rows as u32).filter(|&r| lever == Lever::Plain || last(r)).collect();
             let ids: Vec<u32> = wanted.iter().map(|_| rng.below(cfg.vocab) as u32).collect();
             let pass = Pass::causal(&cfg, tokens, &vec![what.length; what.sequences], wanted)?;

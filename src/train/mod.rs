@@ -16,4 +16,4 @@ pub use data::{Batch, Batches, Cursor, Example, Packing};
 pub use optim::{Optimizer, Settings};
 pub use run::Plan;
 pub use schedule::Schedule;
-pub use trainer::{Report, Trainable, Trainer};
+pub use trainer::{Moments, Report, Trainable, Trainer};

@@ -11,6 +11,9 @@ use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved, Te
 /// Rows of logits that exist at a time.
 const TILE: usize = 256;
 
+/// Vectors by name: an optimiser's states.
+pub type Moments = Vec<(String, Vec<f32>)>;
+
 /// What a run changes.
 pub enum Trainable<B: Train> {
     /// A LoRA adapter; the model's weights stay.
@@ -284,7 +287,7 @@ impl<B: Train> Trainer<B> {
     ///
     /// # Errors
     /// The device's.
-    pub fn moments(&self) -> Result<(u64, Vec<(String, Vec<f32>)>)> {
+    pub fn moments(&self) -> Result<(u64, Moments)> {
         let states = self.optimizer.to_host(self.model.backend(), self.trainable.params())?;
         Ok((self.optimizer.steps(), states.into_iter().map(|(name, _, v)| (name, v)).collect()))
     }

@@ -8,10 +8,8 @@ use super::weights::{Masters, Vit};
 use crate::backend::{Buffer, Train};
 use crate::error::{Result, bail, ensure};
 use crate::model::{Adapter, Param, Place};
+pub use crate::train::Moments;
 use crate::train::optim::{Optimizer, Settings, Stepped};
-
-/// An optimiser's states by name.
-pub type Moments = Vec<(String, Vec<f32>)>;
 
 /// How well labels were predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -10,7 +10,7 @@ use super::{Cpu, Tier};
 use crate::backend::{Group, Ranks};
 use crate::error::{Result, ensure};
 
-/// Products below which a job stays on the calling thread, and the least that one task gets.
+/// Products below which a job stays on the calling thread; a task gets at least a quarter of them.
 const SMALL: usize = 32 * 1024;
 
 /// y\[r, o\] = or += scale m\[o\] . x\[r, part\], `m` of the row's group.
@@ -65,11 +65,12 @@ fn run(pool: &Pool, tier: Tier, y: &mut [f32], rows: usize, job: Job<'_, '_>) ->
     if rows == 0 {
         return Ok(());
     }
+    ensure!(part.n > 0, Shape, "adapters: matrices without columns");
     let total = y.len();
     let chunk = match pool.threads() {
         1 => total,
         _ if total * part.n < SMALL => total,
-        threads => total.div_ceil(4 * threads).max(SMALL / 4 / part.n.max(1)),
+        threads => total.div_ceil(4 * threads).max(SMALL / 4 / part.n),
     };
     pool.run_chunks(y, chunk, |i, y| dispatch(tier, Piece { job, first: i * chunk, y }));
     Ok(())
@@ -128,4 +129,74 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
         sum = s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])));
     }
     a[vectors..].iter().zip(&b[vectors..]).fold(sum, |sum, (a, b)| sum + a * b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    fn normals(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = Rng::new(seed);
+        (0..n).map(|_| rng.normal()).collect()
+    }
+
+    /// All lengths that there are: whole vectors, what is left of them, and both. The groups without rows have no matrix.
+    #[test]
+    fn every_rank_is_the_sum_of_its_products() {
+        const SIZES: [usize; 6] = [0, 2, 0, 0, 3, 0];
+        let (rows, out, pools) = (5, 67, [1, 3].map(Pool::new));
+        for n in 1..=256 {
+            let part = Ranks { stride: n + 5, first: 3, n };
+            let (h, b, y0) = (normals(rows * part.stride, 1), normals(2 * out * n, 2), normals(rows * out, 3));
+            let (first, second) = b.split_at(out * n);
+            let matrix = |i: usize| [&[][..], first, &[], &[], second, &[]][i];
+            let group = |i: usize| Group { rows: SIZES[i], matrix: matrix(i), scale: i as f32 / 2.0 };
+            let groups: Vec<Group<'_, Cpu>> = (0..SIZES.len()).map(group).collect();
+            for tier in Tier::available() {
+                let [alone, shared] = [0, 1].map(|i| {
+                    let mut y = y0.clone();
+                    expand(&pools[i], tier, &mut y, &h, part, &groups).unwrap();
+                    y
+                });
+                assert_eq!(alone, shared, "{tier}, rank {n}");
+                for (i, (got, y)) in alone.iter().zip(&y0).enumerate() {
+                    let (r, o) = (i / out, i % out);
+                    let (b, scale) = if r < 2 { (first, 0.5) } else { (second, 2.0) };
+                    let products = (0..n).map(|j| f64::from(b[o * n + j]) * f64::from(h[r * part.stride + 3 + j]));
+                    let want = f64::from(*y) + scale * products.sum::<f64>();
+                    let bound = 1e-6 * (1.0 + n as f64);
+                    assert!((f64::from(*got) - want).abs() < bound, "{tier}, rank {n}: {got}, not {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let (m, pool, tier) = (normals(12, 4), &Pool::new(1), Tier::detect());
+        let group = |rows, n: usize| Group::<Cpu> { rows, matrix: &m[..n], scale: 1.0 };
+        let shrunk = |h: usize, x: usize, ranks, groups: &[Group<'_, Cpu>]| {
+            shrink(pool, tier, &mut vec![0.0; h], &vec![0.0; x], ranks, groups)
+        };
+        shrunk(6, 8, 3, &[group(2, 12)]).unwrap();
+        shrunk(0, 0, 3, &[]).unwrap();
+        shrunk(0, 0, 3, &[group(0, 7)]).unwrap();
+        for (h, x, ranks, groups) in [
+            (6, 8, 3, &[group(1, 12)][..]),
+            (6, 8, 3, &[group(2, 11)]),
+            (6, 9, 3, &[group(2, 12)]),
+            (7, 8, 3, &[group(2, 12)]),
+            (6, 8, 0, &[group(2, 12)]),
+            (6, 0, 3, &[group(2, 0)]),
+            (6, 8, 3, &[]),
+        ] {
+            assert!(shrunk(h, x, ranks, groups).is_err(), "{h} {x} {ranks}");
+        }
+        let expanded = |part| expand(pool, tier, &mut [0.0; 8], &[0.0; 6], part, &[group(2, 4 * part.n)]);
+        expanded(Ranks { stride: 3, first: 1, n: 2 }).unwrap();
+        for (first, n) in [(2, 2), (1, 0)] {
+            assert!(expanded(Ranks { stride: 3, first, n }).is_err(), "{n} from {first}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::super::ops::{grouped, part};
 use crate::backend::{AttnSpec, Ranks, TreeMask, Update, Visible, Write};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -336,16 +337,6 @@ impl TrainOp {
 
 fn sign(write: Write) -> &'static str {
     if write == Write::Add { " +=" } else { "" }
-}
-
-fn part(p: Ranks) -> String {
-    if p == Ranks::all(p.n) { p.n.to_string() } else { format!("{}+{}/{}", p.first, p.n, p.stride) }
-}
-
-/// Rows, and how many groups share them.
-fn grouped(groups: &[usize]) -> String {
-    let (rows, n) = (groups.iter().sum::<usize>(), groups.len());
-    if n == 1 { rows.to_string() } else { format!("{rows} in {n}") }
 }
 
 /// The sizes, as a table shows them.
