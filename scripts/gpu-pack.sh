@@ -5,7 +5,7 @@
 #   scripts/gpu-pack.sh --emulated FOLDER           with an emulated GPU instead, to try the check without one; needs no nvcc
 #
 # The binary, the tests that use a GPU, the self-test of the kernels' primitives with its images, the tiny models, and the check
-# itself; stripped, and at most 64 MiB. KERNEL_ARCHS (default 80,90a) says for which GPUs. Needs python3.
+# itself; stripped, and as FOLDER.tar.gz at most 64 MiB. KERNEL_ARCHS (default 80,90a) says for which GPUs. Needs python3.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 emulated=0
@@ -19,7 +19,7 @@ if [[ -n $(ls -A "$out") && ! -e $out/gpu_check.py ]]; then
   echo "gpu-pack: $out holds something else: name an empty folder" >&2
   exit 2
 fi
-rm -rf "$out"/{quadriga,tests,selftest,emulated,models}
+rm -rf "$out.tar.gz" "$out"/{quadriga,tests,selftest,emulated,models}
 mkdir -p "$out"/{tests,selftest,models}
 
 if ((emulated)); then
@@ -63,6 +63,8 @@ strip "$out/quadriga" "$out"/tests/* "$out"/selftest/{selftest,hopper}
 cp -r models/tiny* "$out/models/"
 cp scripts/gpu-check.sh scripts/gpu_check.py scripts/gpu_torch.py "$out/"
 
-mib=$((($(du -sb "$out" | cut -f1) + (1 << 20) - 1) >> 20))
-echo "$out: $mib MiB"
+# What travels is the archive.
+tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"
+mib=$((($(du -sb "$out.tar.gz" | cut -f1) + (1 << 20) - 1) >> 20))
+echo "$out.tar.gz: $mib MiB"
 ((mib <= 64)) || { echo "gpu-pack: more than 64 MiB: build for fewer GPUs than KERNEL_ARCHS=${KERNEL_ARCHS:-80,90a}" >&2; exit 1; }

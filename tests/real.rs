@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use quadriga::backend::cpu::Compute;
 use quadriga::cli::fetch::Store;
 use quadriga::decode::Sampler;
-use quadriga::engine::{Device, Draft, Engine, EngineOptions, Generate, Message, Speculation, TrainRun};
+use quadriga::engine::{AdaptRun, Device, Draft, Engine, EngineOptions, Generate, Message, Speculation, TrainRun};
 use quadriga::format::Checkpoint;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -249,5 +249,37 @@ fn the_shipped_draft_changes_no_text() {
         let length = tokens as f64 / passes as f64;
         eprintln!("accept length at temperature {}: {length:.3}", sampler.temperature);
         assert!(sampler != Sampler::greedy() || length > 1.5, "accept length {length}");
+    }
+}
+
+/// The planted pairs of `scripts/template_stream.py`: with the same answers they share adapters, with other answers they do not, and
+/// prompts find their adapter.
+#[test]
+fn smollm2_finds_which_tasks_belong_together() {
+    let Some(path) = model(SMOLLM2) else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (variant, groups) in
+        [("shared", vec![vec![0, 3], vec![1, 4], vec![2, 5]]), ("conflict", (0..6).map(|k| vec![k]).collect())]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let script = root.join("scripts/template_stream.py");
+        let made = std::process::Command::new("python3").arg(script).arg(dir.path()).arg(variant).status();
+        assert!(made.unwrap().success());
+        let mut tasks: Vec<PathBuf> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        tasks.sort();
+        let run: AdaptRun = serde_json::from_value(serde_json::json!({
+            "tasks": tasks, "method": {"tree": {}}, "plan": {"epochs": 2}, "optimizer": {"lr": 2e-3},
+            "lora": {"rank": 8, "alpha": 32.0, "targets": ["q", "v"], "top_layers": 6},
+            "reading": {"limits": [48, 12]}, "end": false,
+        }))
+        .unwrap();
+        let out = dir.path().join("out");
+        let adapted = run.start(&path, &out, false, EngineOptions::default(), &mut |_| {}).unwrap();
+        let found: Vec<_> = adapted.state.members.iter().map(|m| m.tasks.clone()).collect();
+        assert_eq!(found, groups, "{variant}");
+        let m = adapted.measures;
+        assert!(m.average > 0.85 && m.bwt > -0.05, "{variant}: {m:?}");
+        let routed = &adapted.state.reports[5].routed;
+        assert!(routed.iter().enumerate().all(|(j, counts)| counts[j] == 12), "{variant}: {routed:?}");
     }
 }
