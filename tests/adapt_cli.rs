@@ -117,7 +117,8 @@ fn a_killed_stream_goes_on_to_the_same_adapters() {
         std::thread::sleep(Duration::from_millis(1));
     }
     child.kill().unwrap();
-    child.wait().unwrap();
+    let ended = child.wait().unwrap();
+    assert!(checkpoints.is_dir() && ended.code().is_none(), "it ended before it could be killed: {ended}");
     let out = binary().args(args(&at("killed"), &["--resume"])).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     for task in ["first", "second"] {
@@ -131,6 +132,13 @@ fn a_killed_stream_goes_on_to_the_same_adapters() {
     let said =
         refused(&args(&at("killed"), &["--resume", "--lr", "0.5"])[2..].iter().map(String::as_str).collect::<Vec<_>>());
     assert!(said.contains("other settings"), "{said}");
+    // Nor do other examples; and a refused run leaves the settings of the first as they were.
+    let run = |name: &str| fs::read_to_string(dir.path().join(name).join("run.json")).unwrap();
+    assert_eq!(run("killed"), run("whole"));
+    task(dir.path(), "second", ["two", "one"]);
+    let again = args(&at("killed"), &["--resume"]);
+    let said = refused(&again[2..].iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(said.contains("other examples"), "{said}");
 }
 
 #[test]
@@ -145,6 +153,18 @@ fn bad_input_is_named() {
     let bad = |args: &[&str]| refused(&[&["adapt", "-m", &m, "--out", &out][..], args].concat());
     let row =
         |split: &str, label: &str| format!("{{\"split\": \"{split}\", \"input\": \"a\", \"label\": \"{label}\"}}\n");
+
+    let twins = ["a b", "a/b"].map(|name| {
+        let path = dir.path().join(format!("{}.jsonl", name.len() + usize::from(name.contains('/'))));
+        let text = fs::read_to_string(&good).unwrap().replace("\"good\"", &format!("{name:?}"));
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    });
+    // Names that are no names of files are adapters of their own even so.
+    let to = at("twins");
+    let how = ["adapt", "-m", &m, "--out", &to, "--epochs", "1", "--method", "isolated", "--json"];
+    ok(&[&how[..], &[&twins[0], &twins[1]]].concat());
+    assert_eq!(fs::read_dir(dir.path().join("twins/adapters")).unwrap().count(), 2);
 
     let unseen = write("unseen.jsonl", &(row("train", "up") + &row("test", "sideways")));
     let said = bad(&[&unseen]);

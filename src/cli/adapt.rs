@@ -10,7 +10,7 @@ use super::out;
 use super::train::{StepBar, named, set};
 use crate::engine::continual::{Event, Method, State};
 use crate::engine::{AdaptRun, Adapted, Lora, Told};
-use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::error::{Context, Error, ErrorKind, Result, bail};
 
 /// Learn tasks one after another and keep them all; results: OUT/adapters with OUT/router.json, or OUT/adapter, in PEFT folders.
 #[derive(Args)]
@@ -217,12 +217,6 @@ fn settings(common: &Common, a: &AdaptArgs) -> Result<AdaptRun> {
     set(&mut run.reading.limits[1], &a.test_limit);
     set(&mut run.reading.max_length, &a.max_length);
     named("--long-rows", &a.long_rows, &mut run.reading.long_rows)?;
-    ensure!(
-        run.reading.max_length > 1,
-        Usage,
-        "--max-length {}: a prompt has two tokens at least",
-        run.reading.max_length
-    );
     if a.router_layer.is_some() {
         run.router_layer = a.router_layer;
     }

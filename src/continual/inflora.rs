@@ -51,7 +51,13 @@ pub fn design(c: &[f64], basis: &[f32], d: usize, rank: usize) -> Result<Vec<f32
     let pairs = outside(c, basis, d)?;
     ensure!(rank <= d, Shape, "rank {rank} of inputs of {d}");
     let length = 3f64.powf(-0.5);
-    Ok(pairs[..rank].iter().flat_map(|(_, v)| v.iter().map(move |x| (length * x) as f32)).collect())
+    // Where the inputs have nothing left outside the basis, any direction could be one of the basis: those rows are 0.
+    let least = 1e-9 * pairs.first().map_or(0.0, |p| p.0);
+    let row = |(value, v): &(f64, Vec<f64>)| {
+        let factor = if *value > least { length } else { 0.0 };
+        v.iter().map(|x| (factor * x) as f32).collect::<Vec<_>>()
+    };
+    Ok(pairs[..rank].iter().flat_map(row).collect())
 }
 
 /// Extends an orthonormal basis (rows of `d`) until it holds the share `energy` of the products' trace.
@@ -101,6 +107,8 @@ mod tests {
             // Outside the old inputs, inside the new ones.
             assert!(row.iter().enumerate().all(|(i, x)| (4..7).contains(&i) || x.abs() < 1e-5), "{row:?}");
         }
+        let more = design(&of(&new), &basis, d, 5).unwrap();
+        assert!(more[3 * d..].iter().all(|x| *x == 0.0) && more[..3 * d] == rows[..]);
         extend(&mut basis, &of(&new), d, 0.9999).unwrap();
         assert_eq!(basis.len(), 7 * d);
         let again = basis.clone();

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use sha2::{Digest, Sha256};
+
 use super::inflora;
 use super::labels::Labels;
 use super::layout::{Layout, Module};
@@ -80,6 +82,23 @@ impl TextStream {
         let label = self.labels.iter().map(Vec::len).max().unwrap_or(0);
         let examples = self.tasks.iter().flat_map(|t| t.examples.iter().flatten());
         examples.map(|e| e.prompt.len()).max().unwrap_or(0) + label.max(self.trie.rows().len())
+    }
+
+    /// SHA-256 of all tokens and classes, in hexadecimal: whether two streams are one.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut put = |list: &[u32]| {
+            hash.update((list.len() as u64).to_le_bytes());
+            list.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        };
+        self.labels.iter().for_each(|l| put(l));
+        for task in &self.tasks {
+            for examples in &task.examples {
+                put(&[examples.len() as u32]);
+                examples.iter().for_each(|e| put(&[&e.prompt[..], &[e.class as u32]].concat()));
+            }
+        }
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
     }
 
     /// Forgets what frozen layers gave, unless it was for these layers.
@@ -279,6 +298,14 @@ impl<B: Train> Language<B> {
         Ok(())
     }
 
+    fn gradient_of(&mut self, samples: &[Sample], end: bool) -> Result<(f64, Vec<f32>)> {
+        let loss = self.descend(samples, end)?;
+        let gradient = self.trainer.gradients()?;
+        self.trainer.clear_gradients()?;
+        ensure!(loss.is_finite(), Diverged, "the loss is {loss}");
+        Ok((loss, gradient))
+    }
+
     /// Adds the gradient of the mean loss over all labels of the samples, all of one task; returns that loss.
     fn descend(&mut self, samples: &[Sample], end: bool) -> Result<f64> {
         let Some(&Sample { task, .. }) = samples.first() else { bail!(Usage, "a step without examples") };
@@ -353,11 +380,12 @@ impl<B: Train> Learner for Language<B> {
     }
 
     fn gradient(&mut self, samples: &[Sample]) -> Result<(f64, Vec<f32>)> {
-        let loss = self.descend(samples, false)?;
-        let gradient = self.trainer.gradients()?;
-        self.trainer.clear_gradients()?;
-        ensure!(loss.is_finite(), Diverged, "the loss is {loss}");
-        Ok((loss, gradient))
+        self.gradient_of(samples, self.settings.end)
+    }
+
+    /// The end token follows every label.
+    fn own_gradient(&mut self, samples: &[Sample]) -> Result<(f64, Vec<f32>)> {
+        self.gradient_of(samples, false)
     }
 
     fn step(&mut self, samples: &[Sample], penalty: Penalty<'_>) -> Result<f64> {
@@ -388,6 +416,7 @@ impl<B: Train> Learner for Language<B> {
                 let tokens = &choices[row % choices.len()];
                 logits.push(tokens.iter().map(|&t| z[t as usize]).collect());
             })?;
+            ensure!(!logits.iter().flatten().any(|z| z.is_nan()), Diverged, "logits are not numbers");
             for own in logits.chunks(choices.len()) {
                 let Some(best) = self.stream.trie.best(own, allowed) else { bail!(Usage, "no class is allowed") };
                 predicted.push(best);

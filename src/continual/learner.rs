@@ -70,11 +70,18 @@ pub trait Learner {
     /// # Errors
     /// A state that is missing or of another size.
     fn set_moments(&mut self, steps: u64, moments: &Moments) -> Result<()>;
-    /// Mean loss over these examples' labels and its gradient; nothing changes.
+    /// The loss of a step on these examples and its gradient; nothing changes.
     ///
     /// # Errors
     /// The device's.
     fn gradient(&mut self, samples: &[Sample]) -> Result<(f64, Vec<f32>)>;
+    /// The same without what all tasks have in common: what a signature is made of.
+    ///
+    /// # Errors
+    /// The device's.
+    fn own_gradient(&mut self, samples: &[Sample]) -> Result<(f64, Vec<f32>)> {
+        self.gradient(samples)
+    }
     /// One step on these examples; the loss before it.
     ///
     /// # Errors

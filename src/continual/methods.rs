@@ -1,5 +1,7 @@
 //! What each method does when a task begins, in a step, and when a task ends.
 
+use std::ops::Range;
+
 use super::delta::Delta;
 use super::inflora;
 use super::layout::Layout;
@@ -25,6 +27,15 @@ fn blocks(state: &State, layout: &Layout) -> Blocks {
 /// Begins a task: says whether an adapter serves it unchanged.
 pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut TaskReport) -> Result<bool> {
     let task = state.task;
+    if state.method.blocks() {
+        let (rank, tasks) = (learner.layout().modules.first().map_or(0, |m| m.rank), state.tasks.max(1));
+        let same = learner.layout().modules.iter().all(|m| m.rank == rank);
+        ensure!(
+            same && rank >= tasks && rank.is_multiple_of(tasks),
+            Shape,
+            "rank {rank} for {tasks} tasks with ranks of their own"
+        );
+    }
     match state.method.clone() {
         Method::Sequential | Method::Ewc { .. } | Method::L2 { .. } | Method::Anchor { .. } | Method::Random { .. } => {
         }
@@ -33,14 +44,8 @@ pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut T
             state.arms = vec![Arms::new(state.tree.nodes.len()); modules];
         }
         Method::Released(_) => {}
-        Method::Olora { .. } => {
-            let layout = learner.layout();
-            let rank = layout.modules.first().map_or(0, |m| m.rank);
-            ensure!(rank.is_multiple_of(state.tasks) && rank > 0, Shape, "rank {rank} for {} tasks", state.tasks);
-            learner.restart()?;
-        }
+        Method::Olora { .. } => learner.restart()?,
         Method::Inflora { .. } => {
-            learner.restart()?;
             let samples = all(learner, task);
             let products = learner.input_products(&samples)?;
             let (mut values, layout) = (learner.values()?, learner.layout());
@@ -51,6 +56,8 @@ pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut T
                 values[m.a.clone()][own.start * m.input..own.end * m.input].copy_from_slice(&rows);
             }
             learner.set_values(&values)?;
+            // Behind the new values: an optimistic rule's anchor begins as they are.
+            learner.restart()?;
         }
         Method::Isolated(_) => {
             learner.set_values(&state.anchor)?;
@@ -107,7 +114,7 @@ fn probe(state: &State, examples: usize, learner: &mut dyn Learner) -> Result<Si
     let mut sum = vec![0.0f32; learner.layout().len];
     for part in order.chunks(state.plan.batch) {
         let samples: Vec<Sample> = part.iter().map(|&index| Sample { task, index }).collect();
-        let (_, g) = learner.gradient(&samples)?;
+        let (_, g) = learner.own_gradient(&samples)?;
         sum.iter_mut().zip(&g).for_each(|(s, g)| *s += g * samples.len() as f32);
     }
     let mut own = signature::split(learner.layout(), &sum, Part::B);
@@ -275,9 +282,12 @@ pub(super) fn end(state: &mut State, learner: &mut dyn Learner) -> Result<()> {
         Method::Isolated(_) => state.members[task].values = values,
         Method::Ewc { .. } => {
             let samples = all(learner, task);
-            let batches = samples.chunks(state.plan.batch).map(|b| Ok(learner.gradient(b)?.1));
-            let gradients: Vec<Vec<f32>> = batches.collect::<Result<_>>()?;
-            state.fisher.add(&gradients, &values);
+            let batches = samples.chunks(state.plan.batch);
+            let share = 1.0 / batches.len() as f32;
+            for batch in batches {
+                state.fisher.add(&learner.gradient(batch)?.1, share);
+            }
+            state.fisher.anchor = values;
         }
         // All weights are 1.
         Method::L2 { .. } => state.fisher = Fisher { weights: vec![1.0; values.len()], anchor: values },
@@ -317,13 +327,31 @@ pub(super) fn end(state: &mut State, learner: &mut dyn Learner) -> Result<()> {
                 }
                 own.values = values;
             }
-            let (groups, signatures) = (learner.layout().groups(settings.depth), &state.signatures);
-            state.tree = Tree::farthest_pair(signatures.len(), usize::MAX, settings.share, |depth, a, b| {
-                signature::distance(&signatures[a], &signatures[b], groups[depth.min(groups.len() - 1)].clone())
-            });
+            state.tree = tree_of_groups(state, &learner.layout().groups(settings.depth));
         }
     }
     Ok(())
+}
+
+/// Mode R's tree, whose leaves are the groups: two groups are as far apart as their farthest tasks.
+fn tree_of_groups(state: &State, runs: &[Range<usize>]) -> Tree {
+    let groups: Vec<&Vec<usize>> = state.members.iter().map(|m| &m.tasks).collect();
+    let widest = |depth: usize, a: &[usize], b: &[usize]| {
+        let run = &runs[depth.min(runs.len() - 1)];
+        let d = |k: usize, l: usize| signature::distance(&state.signatures[k], &state.signatures[l], run.clone());
+        a.iter().flat_map(|&k| b.iter().map(move |&l| (k, l))).map(|(k, l)| d(k, l)).fold(0.0, f64::max)
+    };
+    let mut tree =
+        Tree::farthest_pair(groups.len(), usize::MAX, 0.0, |depth, a, b| widest(depth, groups[a], groups[b]));
+    for node in &mut tree.nodes {
+        if let [group] = node.tasks[..] {
+            node.threshold = widest(node.depth, groups[group], groups[group]);
+        }
+        node.pivots = node.pivots.map(|pair| pair.map(|g| groups[g][0]));
+        node.tasks = node.tasks.iter().flat_map(|&g| groups[g].iter().copied()).collect();
+        node.tasks.sort_unstable();
+    }
+    tree
 }
 
 /// The first vector, and each later one minus the one before.

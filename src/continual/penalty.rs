@@ -21,14 +21,10 @@ pub struct Fisher {
 }
 
 impl Fisher {
-    /// Takes in a task: the squared gradients of its batches at the adapter that it ended with.
-    pub fn add(&mut self, gradients: &[Vec<f32>], anchor: &[f32]) {
-        self.weights.resize(anchor.len(), 0.0);
-        for g in gradients {
-            let n = gradients.len() as f32;
-            self.weights.iter_mut().zip(g).for_each(|(w, g)| *w += g * g / n);
-        }
-        self.anchor = anchor.to_vec();
+    /// Takes in the gradient of one batch of a task that has ended, which is this share of its batches.
+    pub fn add(&mut self, gradient: &[f32], share: f32) {
+        self.weights.resize(gradient.len(), 0.0);
+        self.weights.iter_mut().zip(gradient).for_each(|(w, g)| *w += share * g * g);
     }
 
     /// Adds the penalty's gradient to `grad`; returns its value.
@@ -158,8 +154,8 @@ mod tests {
     fn the_quadratic_pull_is_its_gradient() {
         let (x, at) = (values(6, 1), values(6, 2));
         let mut f = Fisher::default();
-        f.add(&[values(6, 3), values(6, 4)], &x);
-        f.add(&[values(6, 5)], &at);
+        [(3, 0.5), (4, 0.5), (5, 1.0)].iter().for_each(|&(seed, share)| f.add(&values(6, seed), share));
+        f.anchor = at.clone();
         let mut grad = vec![0.0; 6];
         assert!(f.pull(3.0, &x, &mut grad) > 0.0);
         let by_hand = differences(&x, |v| f.pull(3.0, v, &mut [0.0; 6]));

@@ -70,19 +70,37 @@ impl Router {
         self.tasks.last().map_or(0, |t| t + 1)
     }
 
+    /// Refuses what [`Router::add`] cannot have made.
+    ///
+    /// # Errors
+    /// `Config`, saying what is wrong.
+    pub fn check(&self) -> Result<()> {
+        let (d, n) = (self.width(), self.centroids.len());
+        let rising = self.tasks.first() == Some(&0) && self.tasks.windows(2).all(|w| w[1] == w[0] || w[1] == w[0] + 1);
+        ensure!(d > 0 && self.tasks.len() == n && rising, Config, "centroids of tasks {:?}", self.tasks);
+        let whole = d <= WHOLE;
+        let widths = self.centroids.iter().all(|c| c.len() == d) && self.scatter.len() == if whole { d * d } else { d };
+        ensure!(widths && self.examples > 0, Config, "centroids or scatter of other widths than {d}");
+        let numbers =
+            self.centroids.iter().flatten().all(|x| x.is_finite()) && self.scatter.iter().all(|x| x.is_finite());
+        let own = |i: usize| self.scatter[if whole { i * (d + 1) } else { i }];
+        ensure!(numbers && (0..d).all(|i| own(i) >= 0.0), Config, "centroids or scatter that are no numbers");
+        Ok(())
+    }
+
     /// The router with its metric worked out, for many features.
     ///
     /// # Errors
     /// A router that knows no task, or was damaged.
-    pub fn ready(&self) -> Result<Ready<'_>> {
-        let (d, n) = (self.width(), self.examples.max(1) as f64);
+    pub fn ready(&self) -> Result<Ready> {
+        self.check()?;
+        let (d, n) = (self.width(), self.examples as f64);
         let whole = d <= WHOLE;
-        let fits = d > 0 && self.scatter.len() == if whole { d * d } else { d };
-        ensure!(fits && self.tasks.len() == self.centroids.len(), Shape, "a router that knows no task, or was damaged");
         let own = |i: usize| self.scatter[if whole { i * (d + 1) } else { i }] / n;
         let floor = (0..d).map(own).sum::<f64>() / d as f64 * 1e-3 + 1e-12;
         if !whole {
-            return Ok(Ready { router: self, metric: Metric::Diagonal((0..d).map(|i| own(i) + floor).collect()) });
+            let metric = Metric::Diagonal((0..d).map(|i| own(i) + floor).collect());
+            return Ok(Ready { router: self.clone(), metric });
         }
         // Products between dimensions are estimated from few examples: the fewer, the less they count.
         let trust = n / (n + d as f64);
@@ -91,9 +109,9 @@ impl Router {
             false => trust * self.scatter[i * d + j] / n,
         };
         let Some(cholesky) = DMatrix::from_fn(d, d, at).cholesky() else {
-            bail!(Diverged, "the router's features are not numbers");
+            bail!(Config, "a scatter that no features have");
         };
-        Ok(Ready { router: self, metric: Metric::Whole(cholesky) })
+        Ok(Ready { router: self.clone(), metric: Metric::Whole(cholesky) })
     }
 }
 
@@ -103,12 +121,12 @@ enum Metric {
 }
 
 /// [`Router::ready`].
-pub struct Ready<'a> {
-    router: &'a Router,
+pub struct Ready {
+    router: Router,
     metric: Metric,
 }
 
-impl Ready<'_> {
+impl Ready {
     /// Squared distance to each task's nearest centroid, per dimension.
     ///
     /// # Errors
@@ -178,6 +196,27 @@ mod tests {
             assert!(router.add(&[vec![1.0]], &[]).is_err() && router.add(&[], &[]).is_err());
         }
         assert!(Router::default().ready().is_err());
+    }
+
+    #[test]
+    fn what_was_damaged_is_refused() {
+        let mut good = Router::default();
+        good.add(&[vec![0.0, 1.0], vec![1.0, 0.5]], &[]).unwrap();
+        good.add(&[vec![2.0, 1.0], vec![3.0, 0.5]], &[]).unwrap();
+        good.ready().unwrap();
+        let bad = |change: &dyn Fn(&mut Router)| {
+            let mut r = good.clone();
+            change(&mut r);
+            r.ready().err().map(|e| e.kind())
+        };
+        let config = Some(crate::error::ErrorKind::Config);
+        assert_eq!(bad(&|r| r.tasks = vec![5, 0]), config);
+        assert_eq!(bad(&|r| r.tasks = vec![1, 2]), config);
+        assert_eq!(bad(&|r| r.centroids[1] = vec![1.0]), config);
+        assert_eq!(bad(&|r| r.scatter[0] = -1.0), config);
+        assert_eq!(bad(&|r| r.centroids[0][0] = f32::NAN), config);
+        assert_eq!(bad(&|r| r.scatter = vec![1.0, 100.0, 100.0, 1.0]), config);
+        assert_eq!(bad(&|r| r.examples = 0), config);
     }
 
     #[test]

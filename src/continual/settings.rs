@@ -140,7 +140,7 @@ impl Method {
         }
     }
 
-    /// A method by its short name, with the settings that the specification's experiments used.
+    /// A method by its short name, with settings to begin with.
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
             "sequential" => Method::Sequential,

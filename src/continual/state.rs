@@ -50,7 +50,7 @@ pub struct TaskReport {
     pub penalty: f64,
     /// Its adapter, of those that are kept.
     pub adapter: usize,
-    /// Of the test examples of every task so far, how many went to each task (or to itself, where nothing routes).
+    /// Of the test examples of every task so far, how many went to each task; empty where nothing routes.
     pub routed: Vec<Vec<usize>>,
     /// Share of the adapter's values that a pull left exactly where they were before the task.
     pub unchanged: f64,

@@ -181,7 +181,7 @@ impl Stream {
         let last = &report.losses[report.losses.len().saturating_sub(WINDOW)..];
         let mean = last.iter().sum::<f64>() / last.len() as f64;
         let learnt = last.len() == WINDOW && mean < self.state.plan.stop_loss;
-        self.state.stage = if k + 1 == of || learnt { Stage::End } else { Stage::Step(k + 1) };
+        self.state.stage = if k + 1 >= of || learnt { Stage::End } else { Stage::Step(k + 1) };
         Ok(Event::Step { task, done: k + 1, of, loss })
     }
 

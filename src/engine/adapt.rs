@@ -148,11 +148,18 @@ impl AdaptRun {
         ensure!(other, Usage, "--adapter: a stream trains adapters of its own");
         ensure!(!methods.is_empty(), Usage, "no method");
         ensure!(self.rows > 0, Usage, "passes of 0 rows");
+        let most = self.reading.max_length;
+        ensure!(most > 1, Usage, "max_length {most}: a prompt has two tokens at least");
+        self.optimizer.validate()?;
         self.plan.validate()?;
         let mut runs = Vec::new();
         for (i, method) in methods.iter().enumerate() {
             method.validate()?;
             let name = method.name();
+            let decays = self.optimizer.weight_decay > 0.0 || self.optimizer.l1 > 0.0;
+            ensure!(!(method.blocks() && decays), Usage, "{name}: weight_decay and l1 would move frozen ranks");
+            let pulled = method.tau() > 0.0 && self.optimizer.l1 > 0.0;
+            ensure!(!pulled, Usage, "{name}: the optimiser's l1 and the method's own pull exclude one another");
             let twice = methods[..i].iter().any(|m| m.name() == name);
             ensure!(!twice, Usage, "the method {name} twice");
             let other = matches!(method, Method::Inflora { .. })
@@ -207,7 +214,8 @@ impl OnDevice for Job<'_> {
         let model = Model::load(std::sync::Arc::new(be), checkpoint, progress).context(|| "weights".into())?;
         let (mut parts, mut all) = ((model, stream), Vec::new());
         for one in &runs {
-            let (adapted, model, stream) = one.run(checkpoint, parts.0, parts.1, &names, on)?;
+            let done = one.run(checkpoint, parts.0, parts.1, &names, on);
+            let (adapted, model, stream) = done.context(|| format!("method {}", one.run.method.name()))?;
             parts = (model, stream);
             all.push(adapted);
         }
@@ -227,7 +235,6 @@ impl One {
         let Self { run, out, saved } = self;
         let json = serde_json::to_value(run).map_err(|e| Error::with_source(ErrorKind::Config, "settings", e))?;
         std::fs::create_dir_all(out).map_err(|e| Error::io(out.display(), e))?;
-        write_file(&out.join("run.json"), |to| Ok(serde_json::to_writer_pretty(to, &json)?))?;
         let (lora, count, cfg) = (run.shape(names.len()), names.len(), model.config().clone());
         let specs = lora.modules(&cfg)?;
         let mut adapter = Adapter::init(model.backend(), &cfg, &specs, run.plan.seed)?;
@@ -238,8 +245,11 @@ impl One {
         let (trainable, optimizer) = (Trainable::Adapter(adapter), run.optimizer.clone());
         let trainer = Trainer::new(model, trainable, optimizer, rows, Recompute::Pointwise)?;
         let settings = LanguageSettings { router_layer, cache: run.cache, end: run.end, rows };
+        let digest = stream.digest();
         let mut learner = Language::new(trainer, stream, settings)?;
-        let mut stream = begin(run, count, &json, saved.as_ref(), &mut learner)?;
+        let like = json!({"run": json, "model": checkpoint.path(), "examples": digest});
+        let mut stream = begin(run, count, &like, saved.as_ref(), &mut learner)?;
+        write_file(&out.join("run.json"), |to| Ok(serde_json::to_writer_pretty(to, &json)?))?;
         while let Some(event) = stream.advance(&mut learner)? {
             let (task, steps) = (stream.state().reports.len() - 1, stream.state().steps);
             on(Told::Event(&names[task], &event));
@@ -249,7 +259,7 @@ impl One {
             }
             let due = matches!(event, Event::Step { .. }) && run.save_every > 0 && steps % run.save_every == 0;
             if finished || due {
-                save(&stream, &learner, run.plan.seed, &json)?.save(&checkpoints(out), 1)?;
+                save(&stream, &learner, run.plan.seed, &like)?.save(&checkpoints(out), 1)?;
                 on(Told::Saved(steps));
             }
         }
@@ -271,11 +281,11 @@ impl One {
     }
 }
 
-/// The stream at its beginning, or where its checkpoint stands.
+/// The stream at its beginning, or where its checkpoint stands. `like` is what both must have in common.
 fn begin<B: Train>(
     run: &AdaptRun,
     tasks: usize,
-    json: &serde_json::Value,
+    like: &serde_json::Value,
     saved: Option<&Saved>,
     learner: &mut Language<B>,
 ) -> Result<Stream> {
@@ -283,8 +293,10 @@ fn begin<B: Train>(
         let state = State::new(run.method.clone(), run.plan.clone(), tasks, learner.values()?)?;
         return Stream::new(state, learner);
     };
-    let same = saved.config["run"] == *json;
-    ensure!(same, Usage, "the checkpoint is of a run with other settings: {}", saved.config["run"]);
+    for (what, key) in [("settings", "run"), ("model", "model"), ("examples", "examples")] {
+        let (was, is) = (&saved.config["like"][key], &like[key]);
+        ensure!(was == is, Usage, "the checkpoint is of a run with other {what}: {was}");
+    }
     let damaged = |e| Error::with_source(ErrorKind::Config, "the checkpoint is not of a stream", e);
     let mut state: State = serde_json::from_value(saved.config["state"].clone()).map_err(damaged)?;
     let seconds: Seconds = serde_json::from_value(saved.config["seconds"].clone()).map_err(damaged)?;
@@ -300,12 +312,12 @@ fn begin<B: Train>(
     Ok(stream)
 }
 
-fn save<B: Train>(stream: &Stream, learner: &Language<B>, seed: u64, json: &serde_json::Value) -> Result<Saved> {
+fn save<B: Train>(stream: &Stream, learner: &Language<B>, seed: u64, like: &serde_json::Value) -> Result<Saved> {
     let (steps, moments) = learner.moments()?;
     let mut tensors = stream.state().tensors();
     tensors.push(("values".into(), learner.values()?));
     tensors.extend(moments);
-    let config = json!({"run": json, "state": stream.state(), "seconds": stream.seconds, "moments": steps});
+    let config = json!({"like": like, "state": stream.state(), "seconds": stream.seconds, "moments": steps});
     Ok(Saved {
         step: stream.state().steps,
         cursor: Cursor::default(),
@@ -324,14 +336,17 @@ fn modules(places: &[Place], values: &[f32]) -> Vec<ModuleValues> {
 }
 
 impl Adapted {
-    /// A name for the adapter of these tasks that is a file's name too.
+    /// A name for the adapter of these tasks that is a file's name too, unlike that of any other adapter.
     fn folder(&self, tasks: &[usize]) -> PathBuf {
         let safe = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
         let names: Vec<String> = tasks.iter().map(|&k| self.names[k].chars().map(safe).collect()).collect();
         let mut name = names.join("+");
-        // A group of many tasks is named after its first.
-        if name.len() > 80 {
-            name = format!("{}+{}_more", names[0], names.len() - 1);
+        // A task belongs to one adapter, so the number of its first tells adapters apart where their names do not.
+        let plain =
+            tasks.iter().all(|&k| self.names[k].chars().all(|c| safe(c) == c) && !self.names[k].starts_with('.'));
+        if !plain || name.len() > 80 {
+            name.truncate(60);
+            name = format!("{}-{name}", tasks.first().copied().unwrap_or(0));
         }
         Path::new("adapters").join(name)
     }
@@ -370,8 +385,9 @@ impl Adapted {
     /// All that is worth a table.
     pub fn json(&self) -> serde_json::Value {
         let State { method, plan, members, scores, reports, tree, steps, .. } = &self.state;
+        let kept = if method.routes().is_some() { &members[..] } else { &[] };
         let groups: Vec<Vec<&String>> =
-            members.iter().map(|m| m.tasks.iter().map(|&k| &self.names[k]).collect()).collect();
+            kept.iter().map(|m| m.tasks.iter().map(|&k| &self.names[k]).collect()).collect();
         json!({
             "method": method, "plan": plan, "tasks": self.names, "steps": steps, "measures": self.measures,
             "scores": scores.rows, "untrained": scores.untrained,

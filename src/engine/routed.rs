@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::adapt::{ROUTER, Routing};
 use super::{AdapterPool, Adapters, Engine, PoolOptions};
+use crate::continual::Ready;
 use crate::continual::language::feature;
 use crate::error::{Context, Error, ErrorKind, Result, ensure};
 use crate::model::{Model, Pass, Recompute, Saved};
@@ -12,6 +13,8 @@ use crate::model::{Model, Pass, Recompute, Saved};
 pub struct TaskRouter {
     pool: AdapterPool,
     routing: Routing,
+    /// The routing's router, its metric worked out.
+    router: Ready,
 }
 
 /// Where a prompt went.
@@ -43,7 +46,7 @@ impl TaskRouter {
     pub fn route(&self, prompt: &[u32]) -> Result<Routed> {
         ensure!(!prompt.is_empty(), Usage, "the prompt is empty: there is nothing to route by");
         let feature = self.pool.engine().0.model.features(prompt, self.routing.layer)?;
-        let (k, margin) = self.routing.router.ready()?.route(&feature)?;
+        let (k, margin) = self.router.route(&feature)?;
         let task = self.routing.tasks[k].clone();
         Ok(Routed { adapters: self.pool.get(&task)?, task, margin })
     }
@@ -70,11 +73,12 @@ impl Engine {
         let n = routing.tasks.len();
         let whole = n > 0 && routing.adapters.len() == n && routing.router.tasks() == n;
         ensure!(whole, Config, "{at}: {n} tasks, {} adapters", routing.adapters.len());
+        let router = routing.router.ready().context(|| path.display().to_string())?;
         let pool = self.adapter_pool(options)?;
         for (task, adapter) in routing.tasks.iter().zip(&routing.adapters) {
             pool.register(task, folder.join(adapter));
         }
-        Ok(TaskRouter { pool, routing })
+        Ok(TaskRouter { pool, routing, router })
     }
 }
 

@@ -51,8 +51,10 @@ impl TaskFile {
             let usage = |e: Error| Error::new(ErrorKind::Usage, e.to_string()).at(at());
             let Some(record) = Record::parse(text, number).map_err(usage)? else {
                 let head: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
-                let labels = head["labels"].as_array().into_iter().flatten();
-                file.labels = labels.filter_map(|l| l.as_str().map(String::from)).collect();
+                for label in head["labels"].as_array().into_iter().flatten() {
+                    let Some(label) = label.as_str() else { bail!(Usage, "{}: the label {label} is no text", at()) };
+                    file.labels.push(label.into());
+                }
                 if let Some(name) = head["task"].as_str().filter(|n| !n.is_empty()) {
                     file.name = name.into();
                 }
@@ -134,6 +136,16 @@ pub(super) fn tokens(files: &[TaskFile], encode: &dyn Encode, reading: &StreamRe
     let labels: Vec<Vec<u32>> = classes.iter().map(|l| encode.encode(l, false)).collect::<Result<_>>()?;
     if let Some(i) = labels.iter().position(Vec::is_empty) {
         bail!(Usage, "the label {:?} has no token", classes[i]);
+    }
+    for (i, label) in labels.iter().enumerate() {
+        let twin = labels[..i].iter().position(|l| l == label);
+        ensure!(
+            twin.is_none(),
+            Usage,
+            "the labels {:?} and {:?} have the same tokens",
+            classes[twin.unwrap_or(0)],
+            classes[i]
+        );
     }
     let Some(&end) = encode.ends().first() else { bail!(Tokenizer, "this model has no end token") };
     TextStream::new(tasks, labels, end)

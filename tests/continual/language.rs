@@ -12,7 +12,7 @@ use quadriga::continual::{Grouped, Learner, Method, Paper, Plan, Released, Route
 use quadriga::format::Checkpoint;
 use quadriga::model::lora::ModuleSpec;
 use quadriga::model::roles::LayerRole;
-use quadriga::model::{Adapter, Model, Recompute};
+use quadriga::model::{Adapter, Head, Model, Pass, Recompute, Saved};
 use quadriga::rng::Rng;
 use quadriga::train::{Settings, Trainable, Trainer};
 
@@ -109,25 +109,54 @@ fn a_gradient_is_that_of_differences_and_changes_nothing() {
     }
 }
 
+/// Log-probability of each label's tokens where nothing but labels can follow, from passes of one causal sequence each.
+fn alone(l: &Language<Naive>, prompt: &[u32], labels: &[Vec<u32>]) -> Vec<f64> {
+    let (model, be) = (l.trainer().model(), l.trainer().model().backend());
+    let Trainable::Adapter(adapter) = l.trainer().trainable() else { panic!("no adapter") };
+    let cfg = model.config();
+    let logits = |tokens: &[u32]| -> Vec<f64> {
+        let last = tokens.len() as u32 - 1;
+        let pass = Pass::causal(cfg, tokens.to_vec(), &[tokens.len()], vec![last]).unwrap();
+        let mut saved = Saved::new(be, cfg, tokens.len(), 1, Some(adapter), 0, Recompute::Layer).unwrap();
+        model.forward_saved(&pass, Some(adapter), &mut saved).unwrap();
+        let mut row = Vec::new();
+        let mut head = Head::new(model, 1, 1).unwrap();
+        model.logits(&pass, &saved, &mut head, &mut |_, z| row = z.iter().map(|z| f64::from(*z)).collect()).unwrap();
+        row
+    };
+    let whole: Vec<Vec<u32>> = labels.iter().map(|x| [&x[..], &[END]].concat()).collect();
+    let one = |label: &Vec<u32>| {
+        let step = |i: usize| {
+            // What may stand here: the successors of this beginning among all labels.
+            let mut ways: Vec<u32> = whole.iter().filter(|o| o.starts_with(&label[..i])).map(|o| o[i]).collect();
+            ways.sort_unstable();
+            ways.dedup();
+            let z = logits(&[prompt, &label[..i]].concat());
+            let total = ways.iter().map(|&t| z[t as usize].exp()).sum::<f64>().ln();
+            z[label[i] as usize] - total
+        };
+        (0..label.len()).map(step).sum()
+    };
+    whole.iter().map(one).collect()
+}
+
 #[test]
 fn predictions_are_those_of_every_label_computed_alone() {
     let mut l = learner(Naive, 2, 2, settings());
     let mut rng = Rng::new(6);
     let values: Vec<f32> = (0..l.layout().len).map(|_| 0.5 * rng.normal()).collect();
     l.set_values(&values).unwrap();
-    let (_, labels) = tasks();
+    let (tasks, labels) = tasks();
     let mut seen = std::collections::HashSet::new();
-    for task in 0..3 {
-        let got = l.predict(task, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], &[0, 1, 2, 3, 4]).unwrap();
-        seen.extend(got.clone());
+    for (task, t) in tasks.iter().enumerate() {
+        let got = l.predict(task, &[0, 1, 2, 3, 4, 5], &[0, 1, 2, 3, 4]).unwrap();
         for (i, &p) in got.iter().enumerate() {
-            // Among one label alone there is no choice, and among two the loser of all never wins over the winner.
-            for other in (0..labels.len()).filter(|&o| o != p) {
-                let two = l.predict(task, &[i], &[p, other]).unwrap()[0];
-                // Restricting the ways at a branch can only turn labels that share a beginning around.
-                let shared = [2, 3].contains(&p) != [2, 3].contains(&other);
-                assert!(two == p || shared, "task {task} example {i}: {p} {other}");
-            }
+            let all = alone(&l, &t.examples[1][i].prompt, &labels);
+            assert!((all.iter().map(|x| x.exp()).sum::<f64>() - 1.0).abs() < 1e-6, "{all:?}");
+            let best = (0..labels.len()).max_by(|&a, &b| all[a].total_cmp(&all[b])).unwrap();
+            let clear = (0..labels.len()).all(|o| o == best || all[best] - all[o] > 1e-4);
+            assert!(p == best || !clear, "task {task} example {i}: {p}, {all:?}");
+            seen.insert(p);
         }
         assert_eq!(l.predict(task, &[3], &[2]).unwrap(), [2]);
     }
@@ -142,7 +171,7 @@ fn adapters_keep_tasks_apart_that_one_adapter_forgets() {
     let mut l = learner(cpu(), 4, 2, settings());
     let ours = run(&mut l, Method::Tree(Grouped { probe: 0, ..Grouped::default() }), plan);
     let m = ours.scores.measures().unwrap();
-    assert!(m.learning > 0.9 && m.average > 0.9 && m.average >= alone.average, "{m:?} {alone:?}");
+    assert!(m.learning > 0.9 && m.average > 0.9 && m.average > alone.average + 0.1, "{m:?} {alone:?}");
     assert!(ours.reports[2].routed.iter().enumerate().all(|(j, c)| c[j] == 10), "{:?}", ours.reports[2].routed);
 }
 
@@ -163,7 +192,7 @@ fn every_method_runs_and_its_penalty_acts() {
         let mut l = learner(cpu(), ranks, 2, settings());
         let before = l.values().unwrap();
         let state = run(&mut l, method.clone(), plan.clone());
-        assert!(state.scores.measures().unwrap().average >= 0.0);
+        assert_eq!((state.scores.rows.len(), state.reports.len()), (3, 3));
         let penalized = !matches!(method, Method::Isolated(_) | Method::Inflora { .. });
         assert_eq!(state.reports[1].penalty.abs() > 1e-6, penalized, "{method:?} {:?}", state.reports[1].penalty);
         assert_ne!(bits(&before), bits(&l.values().unwrap()), "{method:?}");

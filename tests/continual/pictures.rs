@@ -93,7 +93,7 @@ fn one_head_forgets_and_routed_adapters_do_not() {
 }
 
 #[test]
-fn signatures_of_other_classes_are_far_and_those_of_the_same_are_near() {
+fn signatures_of_other_classes_are_far() {
     let mut l = trained(2);
     let state = run(&mut l, Method::Tree(Grouped { probe: 0, gate: 0.0, ..Grouped::default() }), plan());
     let apart = &state.reports[2].distances;

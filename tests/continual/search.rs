@@ -24,13 +24,15 @@ fn with_equal_counts_the_lower_mean_is_chosen_and_new_leaves_come_first() {
         arms.observe(&[0, 2], 0.8);
     }
     (0..50).for_each(|_| assert_eq!(arms.choose(&tree, Width::Fixed(2.0), &mut rng), [0, 1]));
-    let tree = smooth(8, &mut rng).0;
+    // Where no threshold hides a branch.
+    let mut tree = smooth(8, &mut rng).0;
+    tree.nodes.iter_mut().for_each(|n| n.threshold = f64::INFINITY);
     let mut arms = Arms::new(tree.nodes.len());
     let mut seen = std::collections::HashSet::new();
     for _ in 0..8 {
         let path = arms.choose(&tree, Width::Fixed(2.0), &mut rng);
         assert!(seen.insert(*path.last().unwrap()));
-        arms.observe(&path, 0.5);
+        arms.observe(&path, [0.1, 0.9][seen.len() % 2]);
     }
 }
 

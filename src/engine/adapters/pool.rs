@@ -461,6 +461,13 @@ impl State {
 
     /// Counts an adapter of `bytes` in, having taken out what has to make room for it.
     fn make_room(&mut self, bytes: usize, options: &PoolOptions) -> Result<Vec<Erased>> {
+        // Nobody leaves for one that cannot come.
+        let (most, here) = (options.bytes, options.count);
+        ensure!(
+            bytes <= most && here > 0,
+            Capacity,
+            "no room for an adapter of {bytes} bytes in a pool of {most} bytes for {here}"
+        );
         let mut out = Vec::new();
         let fits = |u: &PoolUsage| u.loaded < options.count && u.bytes.saturating_add(bytes) <= options.bytes;
         for _ in 0..self.mentions.len() {
