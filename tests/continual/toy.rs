@@ -29,7 +29,7 @@ impl Linear {
         let mut normal = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.normal()).collect() };
         // Rows of signs, any two of which differ in half of the places, so that clusters are surely apart.
         let centre = |c: usize| -> Vec<f32> {
-            let sign = |i: usize| if (i & c).count_ones() % 2 == 0 { 1.5 } else { -1.5 };
+            let sign = |i: usize| if (i & c).count_ones().is_multiple_of(2) { 1.5 } else { -1.5 };
             normal(D).iter().enumerate().map(|(i, x)| sign(i) + 0.2 * x).collect()
         };
         let centres: Vec<Vec<f32>> = (0..4).map(centre).collect();
