@@ -150,6 +150,9 @@ pub(crate) struct SiteAdapter<B: Backend> {
     pub(super) modules: Vec<Module<B>>,
 }
 
+/// A site's adapter, and what it shrank the site's input to.
+pub(crate) type Adapted<'a, B> = (&'a SiteAdapter<B>, In<'a, B, <B as Backend>::Acc>);
+
 /// A LoRA adapter on a device.
 pub struct Adapter<B: Backend> {
     pub(super) layers: Vec<[Option<SiteAdapter<B>>; 4]>,
@@ -344,8 +347,21 @@ impl<B: Train> SiteAdapter<B> {
     }
 
     /// h = A x.
-    pub(crate) fn shrink(&self, be: &B, h: Out<'_, B, B::Acc>, x: In<'_, B, B::Act>, rows: usize) -> Result<()> {
+    fn shrink(&self, be: &B, h: Out<'_, B, B::Acc>, x: In<'_, B, B::Act>, rows: usize) -> Result<()> {
         be.lora_shrink(h, x, self.ranks, &[Group { rows, matrix: self.a.values(), scale: 1.0 }])
+    }
+
+    /// `site`, if anything is adapted there, with its input shrunk into `h`.
+    pub(crate) fn shrunk<'a>(
+        be: &B,
+        site: Option<&'a Self>,
+        h: &'a mut B::Buf<B::Acc>,
+        x: In<'_, B, B::Act>,
+        rows: usize,
+    ) -> Result<Option<Adapted<'a, B>>> {
+        let Some(site) = site else { return Ok(None) };
+        site.shrink(be, h.head_mut(rows * site.ranks), x, rows)?;
+        Ok(Some((site, h.head(rows * site.ranks))))
     }
 
     /// y (+)= W x (+ bias), and scale B h where the linear is adapted; `site` is what its input is shrunk by, with what
@@ -353,7 +369,7 @@ impl<B: Train> SiteAdapter<B> {
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn linear(
         be: &B,
-        site: Option<(&Self, In<'_, B, B::Acc>)>,
+        site: Option<Adapted<'_, B>>,
         role: LayerRole,
         y: &mut B::Buf<B::Acc>,
         x: In<'_, B, B::Act>,
@@ -369,9 +385,33 @@ impl<B: Train> SiteAdapter<B> {
         be.linear_lora_fwd(y, x, w, bias, write, h, m.part, Group { rows, matrix: m.b.values(), scale: m.scale })
     }
 
+    /// Backward of linears that read one input `x`, from the gradients of their outputs: the gradients of what adapts them, `site`, if
+    /// anything does, and, where `dx` is wanted, that of the input. `h` is what [`SiteAdapter::shrink`] gave.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn linears_backward<'a, const N: usize>(
+        be: &B,
+        site: Option<&mut Self>,
+        linears: [(LayerRole, In<'a, B, B::Acc>, &'a B::Weight); N],
+        x: In<'_, B, B::Act>,
+        h: &B::Buf<B::Acc>,
+        dh: &mut B::Buf<B::Acc>,
+        dx: Option<&mut B::Buf<B::Acc>>,
+        rows: usize,
+    ) -> Result<()> {
+        let mut lora = None;
+        if let Some(site) = site {
+            site.backward(be, &linears.map(|(role, dy, _)| (role, dy)), h.head(rows * site.ranks), x, dh, rows)?;
+            lora = Some((dh.head(rows * site.ranks), site.ranks, site.a.values()));
+        }
+        match dx {
+            Some(dx) => be.linears_bwd_x(dx, rows, &linears.map(|(_, dy, w)| (dy, w)), lora),
+            None => Ok(()),
+        }
+    }
+
     /// From the gradients `dys` of the linears' outputs: the adapters' gradients, and in `dh` that of what
     /// [`SiteAdapter::shrink`] gave, `h`.
-    pub(crate) fn backward(
+    fn backward(
         &mut self,
         be: &B,
         dys: &[(LayerRole, In<'_, B, B::Acc>)],

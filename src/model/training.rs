@@ -156,7 +156,7 @@ impl<B: Train> Model<B> {
         let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[0]);
         be.rms_norm(h.head_mut(n), x.head(n), &l.attn_norm, eps)?;
         let h = h.head(n);
-        let lora = shrunk(be, site(Site::Qkv), &mut s.shrunk[0], h, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::Qkv), &mut s.shrunk[0], h, rows)?;
         let [q, k] = s.pre.as_mut().map_or([&mut s.q, &mut s.k], |[q, k]| [q, k]);
         for (role, y, l) in
             [(LayerRole::Q, &mut *q, &l.q), (LayerRole::K, &mut *k, &l.k), (LayerRole::V, &mut s.v, &l.v)]
@@ -181,7 +181,7 @@ impl<B: Train> Model<B> {
             Some([attn, _]) => (attn, Write::Set),
             None => (&mut s.mid, Write::Add),
         };
-        let lora = shrunk(be, site(Site::O), &mut s.shrunk[1], a, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::O), &mut s.shrunk[1], a, rows)?;
         SiteAdapter::linear(be, lora, LayerRole::O, to, a, &l.o, None, write, rows)?;
         if let (Some([attn, _]), Some([norm, _])) = (&s.post, &l.post_norms) {
             be.add_normed(s.mid.head_mut(n), attn.head(n), norm, eps)?;
@@ -190,13 +190,13 @@ impl<B: Train> Model<B> {
         let h = s.operands.as_mut().map_or(&mut room.h, |o| &mut o[1]);
         be.rms_norm(h.head_mut(n), s.mid.head(n), &l.mlp_norm, eps)?;
         let h = h.head(n);
-        let lora = shrunk(be, site(Site::GateUp), &mut s.shrunk[2], h, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::GateUp), &mut s.shrunk[2], h, rows)?;
         SiteAdapter::linear(be, lora, LayerRole::Gate, &mut s.gate, h, &l.gate, None, Write::Set, rows)?;
         SiteAdapter::linear(be, lora, LayerRole::Up, &mut s.up, h, &l.up, None, Write::Set, rows)?;
         let z = s.operands.as_mut().map_or(&mut room.z, |o| &mut o[2]);
         be.glu(z.head_mut(ng), s.gate.head(ng), s.up.head(ng), cfg.activation)?;
         let z = z.head(ng);
-        let lora = shrunk(be, site(Site::Down), &mut s.shrunk[3], z, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::Down), &mut s.shrunk[3], z, rows)?;
         // Behind this, only a post-norm's input is read by the backward pass.
         if run == Run::Again && s.post.is_none() {
             return Ok(());
@@ -229,22 +229,6 @@ impl<B: Train> Model<B> {
         }
         Ok(())
     }
-}
-
-/// A site's adapter, and what it shrank the site's input to.
-type Adapted<'a, B> = (&'a SiteAdapter<B>, In<'a, B, <B as Backend>::Acc>);
-
-/// A site's adapter with its input shrunk into `h`.
-fn shrunk<'a, B: Train>(
-    be: &B,
-    site: Option<&'a SiteAdapter<B>>,
-    h: &'a mut B::Buf<B::Acc>,
-    x: In<'_, B, B::Act>,
-    rows: usize,
-) -> Result<Option<Adapted<'a, B>>> {
-    let Some(site) = site else { return Ok(None) };
-    site.shrink(be, h.head_mut(rows * site.ranks), x, rows)?;
-    Ok(Some((site, h.head(rows * site.ranks))))
 }
 
 /// Room for the vocabulary matrix: logits of a few rows at a time, so that `[rows, vocabulary]` never exists.

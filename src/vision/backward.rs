@@ -8,7 +8,7 @@ use crate::backend::{Buffer, Target, Train, Write};
 use crate::dtype::Real;
 use crate::error::{Result, ensure};
 use crate::model::Adapter;
-use crate::model::lora::Site;
+use crate::model::lora::{Site, SiteAdapter};
 use crate::model::roles::LayerRole;
 
 impl<B: Train> Vit<B> {
@@ -131,17 +131,10 @@ impl<B: Train> Vit<B> {
         // The gradients of what adapts these linears, and the gradient of their input.
         macro_rules! through {
             ($site:ident, $dx:ident, $x:expr, $linears:expr) => {{
-                let linears = $linears;
-                let mut lora = None;
-                if let Some(site) = adapter.as_mut().and_then(|a| a.site_mut(i, Site::$site)) {
-                    let shrunk = s.shrunk[Site::$site as usize].head(rows * site.ranks);
-                    let dys = linears.map(|(role, dy, _)| (role, dy));
-                    site.backward(be, &dys, shrunk, $x, &mut room.dshrunk, rows)?;
-                    lora = Some((room.dshrunk.head(rows * site.ranks), site.ranks, site.a.values()));
-                }
-                if !(last && matches!(Site::$site, Site::Qkv)) {
-                    be.linears_bwd_x(&mut room.$dx, rows, &linears.map(|(_, dy, w)| (dy, w)), lora)?;
-                }
+                let site = adapter.as_mut().and_then(|a| a.site_mut(i, Site::$site));
+                let shrunk = &s.shrunk[Site::$site as usize];
+                let dx = if last && matches!(Site::$site, Site::Qkv) { None } else { Some(&mut room.$dx) };
+                SiteAdapter::linears_backward(be, site, $linears, $x, shrunk, &mut room.dshrunk, dx, rows)?;
             }};
         }
 

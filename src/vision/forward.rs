@@ -4,7 +4,7 @@ use super::config::Pool;
 use super::images::Images;
 use super::saved::{Layout, VitSaved};
 use super::weights::{Vit, all};
-use crate::backend::{Buffer, In, Train, Write};
+use crate::backend::{Buffer, Train, Write};
 use crate::dtype::Real;
 use crate::error::{Result, ensure};
 use crate::model::Adapter;
@@ -58,7 +58,7 @@ impl<B: Train> Vit<B> {
 
         be.layer_norm(s.h[0].head_mut(n), x.head(n), &l.norm1[0], &l.norm1[1], eps)?;
         let h = s.h[0].head(n);
-        let lora = shrunk(be, site(Site::Qkv), &mut s.shrunk[0], h, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::Qkv), &mut s.shrunk[0], h, rows)?;
         for (role, y, l) in
             [(LayerRole::Q, &mut s.q, &l.q), (LayerRole::K, &mut s.k, &l.k), (LayerRole::V, &mut s.v, &l.v)]
         {
@@ -69,7 +69,7 @@ impl<B: Train> Vit<B> {
         be.attend(s.a.head_mut(n), lse, q, k, v, &pass.visible, &cfg.attention())?;
         let a = s.a.head(n);
         be.copy(s.mid.head_mut(n), x.head(n))?;
-        let lora = shrunk(be, site(Site::O), &mut s.shrunk[1], a, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::O), &mut s.shrunk[1], a, rows)?;
         let (to, write) = match &mut s.unscaled {
             Some([attn, _]) => (attn, Write::Set),
             None => (&mut s.mid, Write::Add),
@@ -81,12 +81,12 @@ impl<B: Train> Vit<B> {
 
         be.layer_norm(s.h[1].head_mut(n), s.mid.head(n), &l.norm2[0], &l.norm2[1], eps)?;
         let h = s.h[1].head(n);
-        let lora = shrunk(be, site(Site::GateUp), &mut s.shrunk[2], h, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::GateUp), &mut s.shrunk[2], h, rows)?;
         let (w, bias) = (&l.fc1.w, l.fc1.bias.as_ref());
         SiteAdapter::linear(be, lora, LayerRole::Up, &mut s.u, h, w, bias, Write::Set, rows)?;
         be.gelu(s.z.head_mut(m), s.u.head(m))?;
         let z = s.z.head(m);
-        let lora = shrunk(be, site(Site::Down), &mut s.shrunk[3], z, rows)?;
+        let lora = SiteAdapter::shrunk(be, site(Site::Down), &mut s.shrunk[3], z, rows)?;
         be.copy(next.head_mut(n), s.mid.head(n))?;
         let (w, bias) = (&l.fc2.w, l.fc2.bias.as_ref());
         let (to, write) = match &mut s.unscaled {
@@ -141,20 +141,4 @@ impl<B: Train> Vit<B> {
         }
         Ok(())
     }
-}
-
-/// A site's adapter, and what it shrank the site's input to.
-type Adapted<'a, B> = (&'a SiteAdapter<B>, In<'a, B, <B as crate::backend::Backend>::Acc>);
-
-/// A site's adapter with its input shrunk into `h`.
-fn shrunk<'a, B: Train>(
-    be: &B,
-    site: Option<&'a SiteAdapter<B>>,
-    h: &'a mut B::Buf<B::Acc>,
-    x: In<'_, B, B::Act>,
-    rows: usize,
-) -> Result<Option<Adapted<'a, B>>> {
-    let Some(site) = site else { return Ok(None) };
-    site.shrink(be, h.head_mut(rows * site.ranks), x, rows)?;
-    Ok(Some((site, h.head(rows * site.ranks))))
 }

@@ -4,7 +4,7 @@ use super::super::Cpu;
 use super::super::lanes::math::{gelu, gelu_slope};
 use super::super::lanes::{Kernel, Simd, dispatch};
 use super::super::rows::{check_equal, check_rows, each_vector};
-use super::rows::{PART, RUN, fold};
+use super::rows::PART;
 use crate::backend::Write;
 use crate::error::Result;
 
@@ -86,27 +86,6 @@ impl Cpu {
             let r = at..at + dx.len();
             dispatch(self.tier(), AddScaledBackward { dx, dw, dy: &dy[r.clone()], x: &x[r], w });
         })
-    }
-
-    /// `f(first element, dx, sums)` for runs of rows of width `d`; the sums of all runs are added to `dw`, in order. They are empty
-    /// where none are wanted.
-    fn with_sums(
-        &self,
-        dx: &mut [f32],
-        dw: Option<&mut [f32]>,
-        d: usize,
-        f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
-    ) -> Result<()> {
-        let n = RUN * d;
-        let mut runs = vec![0.0; if dw.is_some() { dx.len().div_ceil(n) * d } else { 0 }];
-        let mut parts: Vec<_> = dx.chunks_mut(n).map(|dx| (dx, &mut [][..])).collect();
-        parts.iter_mut().zip(runs.chunks_mut(d)).for_each(|(p, run)| p.1 = run);
-        self.pool().run_chunks(&mut parts, 1, |i, p| p.iter_mut().for_each(|(dx, sums)| f(i * n, dx, sums)));
-        if let Some(dw) = dw {
-            check_equal("the gradient of a row's weights", dw.len(), d)?;
-            fold(dw, &runs);
-        }
-        Ok(())
     }
 }
 

@@ -55,18 +55,28 @@ impl Cpu {
         check_rows("rms_norm_bwd", x.len(), w.len())?;
         check_equal("rms_norm_bwd: dy and x", dy.len(), x.len())?;
         check_equal("rms_norm_bwd: dx and x", dx.len(), x.len())?;
-        let (d, n) = (w.len(), RUN * w.len());
-        let mut runs = vec![0.0; if dw.is_some() { x.len().div_ceil(n) * d } else { 0 }];
+        self.with_sums(dx, dw, w.len(), |at, dx, dw| {
+            let r = at..at + dx.len();
+            dispatch(self.tier(), NormBackward { dx, dw, dy: &dy[r.clone()], x: &x[r], w, eps, write });
+        })
+    }
+
+    /// `f(first element, dx, sums)` for runs of rows of width `d`; the sums of all runs are added to `dw`, in order. They are empty
+    /// where none are wanted.
+    pub(super) fn with_sums(
+        &self,
+        dx: &mut [f32],
+        dw: Option<&mut [f32]>,
+        d: usize,
+        f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) -> Result<()> {
+        let n = RUN * d;
+        let mut runs = vec![0.0; if dw.is_some() { dx.len().div_ceil(n) * d } else { 0 }];
         let mut parts: Vec<_> = dx.chunks_mut(n).map(|dx| (dx, &mut [][..])).collect();
         parts.iter_mut().zip(runs.chunks_mut(d)).for_each(|(p, run)| p.1 = run);
-        self.pool().run_chunks(&mut parts, 1, |i, p| {
-            for (dx, dw) in p {
-                let at = i * n..i * n + dx.len();
-                dispatch(self.tier(), NormBackward { dx, dw, dy: &dy[at.clone()], x: &x[at], w, eps, write });
-            }
-        });
+        self.pool().run_chunks(&mut parts, 1, |i, p| p.iter_mut().for_each(|(dx, sums)| f(i * n, dx, sums)));
         if let Some(dw) = dw {
-            check_equal("rms_norm_bwd: dw and w", dw.len(), d)?;
+            check_equal("the gradient of a row's weights", dw.len(), d)?;
             fold(dw, &runs);
         }
         Ok(())
