@@ -100,6 +100,11 @@ impl Rng {
         ((self.next_u64() as u128 * n as u128) >> 64) as usize
     }
 
+    /// Brings a list into a random order (Fisher & Yates).
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        (1..list.len()).rev().for_each(|i| list.swap(i, self.below(i + 1)));
+    }
+
     /// Standard normal by Box-Muller.
     pub fn normal(&mut self) -> f32 {
         let (u, v) = (1.0 - self.uniform() as f64, self.uniform() as f64);

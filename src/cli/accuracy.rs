@@ -9,7 +9,7 @@ use super::flags::{AccuracyArgs, AccuracyBy, Common};
 use super::out;
 use crate::engine::{Accuracy, Generate, LabelTask, Message, label_accuracy};
 use crate::error::{Error, ErrorKind, Result, bail, ensure};
-use crate::train::data::{Content, Record, for_each_line};
+use crate::train::data::{Content, Header, Record, for_each_line};
 
 /// A file's tasks: prompt and right answer, and the labels that its first line lists.
 struct Tasks {
@@ -23,9 +23,7 @@ fn read(path: &Path, args: &AccuracyArgs) -> Result<Tasks> {
         let usage =
             |e: Error| Error::new(ErrorKind::Usage, e.to_string()).at(format!("{}, line {number}", path.display()));
         let Some(record) = Record::parse(text, number).map_err(usage)? else {
-            let head: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
-            let labels = head["labels"].as_array().into_iter().flatten();
-            tasks.labels = labels.filter_map(|l| l.as_str().map(String::from)).collect();
+            tasks.labels = Header::parse(text).map_err(usage)?.labels;
             return Ok(());
         };
         if record.split.is_some_and(|s| s != args.split) || (args.limit > 0 && tasks.rows.len() >= args.limit) {

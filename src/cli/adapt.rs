@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::flags::Common;
+use super::flags::{Common, LoraShape};
 use super::out;
 use super::train::{StepBar, named, set};
 use crate::engine::continual::{Event, Method, State};
@@ -47,18 +47,8 @@ pub(super) struct AdaptArgs {
     /// Learning rate.
     #[arg(long)]
     pub lr: Option<f32>,
-    /// Columns of B.
-    #[arg(long)]
-    pub rank: Option<usize>,
-    /// Updates are scaled by alpha / rank.
-    #[arg(long)]
-    pub alpha: Option<f32>,
-    /// Linears to adapt: q, k, v, o, gate, up, down.
-    #[arg(long, value_delimiter = ',')]
-    pub targets: Option<Vec<String>>,
-    /// Adapt only so many of the upper layers; those below run once for each example. 0: all.
-    #[arg(long)]
-    pub top_layers: Option<usize>,
+    #[command(flatten)]
+    pub shape: LoraShape,
     /// At most so many training examples of a task; 0: all.
     #[arg(long)]
     pub train_limit: Option<usize>,
@@ -209,10 +199,7 @@ fn settings(common: &Common, a: &AdaptArgs) -> Result<AdaptRun> {
     set(&mut run.plan.stop_loss, &a.stop_loss);
     run.plan.square |= a.square;
     set(&mut run.optimizer.lr, &a.lr);
-    set(&mut run.lora.rank, &a.rank);
-    set(&mut run.lora.alpha, &a.alpha);
-    set(&mut run.lora.targets, &a.targets);
-    set(&mut run.lora.top_layers, &a.top_layers);
+    a.shape.apply(&mut run.lora);
     set(&mut run.reading.limits[0], &a.train_limit);
     set(&mut run.reading.limits[1], &a.test_limit);
     set(&mut run.reading.max_length, &a.max_length);

@@ -7,12 +7,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::drafting::DraftArgs;
 use super::fetch;
 use super::out::load_bar;
-use super::train::RunArgs;
+use super::train::{RunArgs, set};
 use super::train_draft::TrainDraftArgs;
 use crate::backend::cpu::{Compute, Tier};
 use crate::decode::Sampler;
 use crate::dtype::DType;
-use crate::engine::{Device, Engine, EngineOptions, PoolOptions, TaskRouter};
+use crate::engine::{Device, Engine, EngineOptions, Lora, PoolOptions, TaskRouter};
 use crate::error::{Error, ErrorKind, Result, bail};
 use crate::format::checkpoint::{is_archive, unpack_archive};
 
@@ -365,6 +365,15 @@ pub(super) struct AccuracyArgs {
 
 #[derive(Args)]
 pub(super) struct LoraArgs {
+    #[command(flatten)]
+    pub shape: LoraShape,
+    #[command(flatten)]
+    pub train: TrainArgs,
+}
+
+/// Which adapter.
+#[derive(Args)]
+pub(super) struct LoraShape {
     /// Columns of B.
     #[arg(long)]
     pub rank: Option<usize>,
@@ -377,11 +386,20 @@ pub(super) struct LoraArgs {
     /// Which linears: q,k,v,o,gate,up,down.
     #[arg(long, value_delimiter = ',')]
     pub targets: Option<Vec<String>>,
-    /// Only so many of the upper layers; the backward pass ends there.
+    /// Only so many of the upper layers; the backward pass ends there. 0: all.
     #[arg(long)]
     pub top_layers: Option<usize>,
-    #[command(flatten)]
-    pub train: TrainArgs,
+}
+
+impl LoraShape {
+    /// Sets what was given.
+    pub fn apply(&self, lora: &mut Lora) {
+        set(&mut lora.rank, &self.rank);
+        set(&mut lora.alpha, &self.alpha);
+        set(&mut lora.targets, &self.targets);
+        set(&mut lora.top_layers, &self.top_layers);
+        lora.rank_stabilized |= self.rslora;
+    }
 }
 
 #[derive(Args)]

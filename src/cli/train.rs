@@ -20,11 +20,7 @@ pub(super) fn lora(common: &Common, args: &LoraArgs) -> Result<()> {
     let Method::Lora(lora) = &mut run.method else {
         bail!(Usage, "--config is of a run of all weights; it belongs to `train full`");
     };
-    set(&mut lora.rank, &args.rank);
-    set(&mut lora.alpha, &args.alpha);
-    set(&mut lora.targets, &args.targets);
-    set(&mut lora.top_layers, &args.top_layers);
-    lora.rank_stabilized |= args.rslora;
+    args.shape.apply(lora);
     start(common, &args.train, &run, "adapter")
 }
 

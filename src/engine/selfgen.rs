@@ -141,10 +141,7 @@ impl SelfGen {
             })?;
         }
         ensure!(!rows.is_empty(), Usage, "no prompt: give --prompts FILE");
-        let mut rng = Rng::stream(self.seed, u64::MAX);
-        for i in (1..rows.len()).rev() {
-            rows.swap(i, rng.below(i + 1));
-        }
+        Rng::stream(self.seed, u64::MAX).shuffle(&mut rows);
         if self.limit > 0 {
             rows.truncate(self.limit);
         }

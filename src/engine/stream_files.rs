@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::continual::{TextExample, TextStream, TextTask};
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
-use crate::train::data::{Content, Encode, LongRows, Record, for_each_line};
+use crate::train::data::{Content, Encode, Header, LongRows, Record, for_each_line};
 
 /// How a stream's files are read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,14 +50,9 @@ impl TaskFile {
             let at = || format!("{}, line {number}", path.display());
             let usage = |e: Error| Error::new(ErrorKind::Usage, e.to_string()).at(at());
             let Some(record) = Record::parse(text, number).map_err(usage)? else {
-                let head: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
-                for label in head["labels"].as_array().into_iter().flatten() {
-                    let Some(label) = label.as_str() else { bail!(Usage, "{}: the label {label} is no text", at()) };
-                    file.labels.push(label.into());
-                }
-                if let Some(name) = head["task"].as_str().filter(|n| !n.is_empty()) {
-                    file.name = name.into();
-                }
+                let Header { task, labels } = Header::parse(text).map_err(usage)?;
+                file.labels = labels;
+                file.name = task.unwrap_or_else(|| std::mem::take(&mut file.name));
                 return Ok(());
             };
             let Content::Pair { prompt, completion } = record.content else {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::refuse;
 use crate::dtype::DType;
 use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
 use crate::format::gguf::Gguf;
@@ -120,14 +121,7 @@ impl Checkpoint {
             unexpected
                 .map(|t| format!("weights: {} {:?} is not part of a {} model", t.name, t.shape, self.config.family)),
         );
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        const SHOWN: usize = 8;
-        let more = wrong.len().saturating_sub(SHOWN);
-        wrong.truncate(SHOWN);
-        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-        bail!(Weights, "{}: {}{more}", self.path.display(), wrong.join("; "));
+        refuse(&self.path, wrong)
     }
 
     /// Names under which the files may hold a slot.

@@ -7,10 +7,12 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
 use crate::dtype::DType;
+use crate::error::{Result, bail};
 
 mod bpe;
 pub mod chat_template;
@@ -88,4 +90,16 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {
         }
         d.deserialize_map(Object(PhantomData))
     }
+}
+
+/// Fails with what is wrong with the tensors of the model at `path`, the first few of it in full, if anything is.
+fn refuse(path: &Path, mut wrong: Vec<String>) -> Result<()> {
+    const SHOWN: usize = 8;
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let more = wrong.len().saturating_sub(SHOWN);
+    wrong.truncate(SHOWN);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    bail!(Weights, "{}: {}{more}", path.display(), wrong.join("; "));
 }

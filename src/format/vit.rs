@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::refuse;
 use crate::error::{Context, Result, bail, ensure};
 use crate::files::{F32Tensor, TensorBytes, write_folder, write_tensors};
 use crate::format::StoredType;
@@ -113,14 +114,7 @@ impl VitFolder {
         for t in self.tensors.tensors().filter(|t| !known.contains(&t.name) && !self.names.harmless(&t.name)) {
             wrong.push(format!("{} {:?} is not part of a model of this kind", t.name, t.shape));
         }
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        const SHOWN: usize = 8;
-        let more = wrong.len().saturating_sub(SHOWN);
-        wrong.truncate(SHOWN);
-        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-        bail!(Weights, "{}: {}{more}", self.path.display(), wrong.join("; "));
+        refuse(&self.path, wrong)
     }
 
     /// The values of a role's tensor as the file has them, and its rows.

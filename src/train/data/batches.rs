@@ -128,10 +128,7 @@ impl Order {
     fn plan_epoch(&self) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.lens.len()).collect();
         if let Some(seed) = self.seed {
-            let mut rng = Rng::stream(seed, SHUFFLE.wrapping_add(self.cursor.epoch));
-            for i in (1..order.len()).rev() {
-                order.swap(i, rng.below(i + 1));
-            }
+            Rng::stream(seed, SHUFFLE.wrapping_add(self.cursor.epoch)).shuffle(&mut order);
         }
         pack(&self.lens, &order, self.limits)
     }

@@ -12,7 +12,7 @@ use std::path::Path;
 
 pub use batches::{Batch, Batches, Cursor, Order, Packing, pack};
 pub use files::{for_each_line, is_lines, read_all};
-pub use record::{Content, Record, Turn};
+pub use record::{Content, Header, Record, Turn};
 pub use tokens::{Encode, example};
 
 use serde::{Deserialize, Serialize};

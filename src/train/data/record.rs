@@ -39,6 +39,32 @@ pub struct Record {
     pub split: Option<String>,
 }
 
+/// The first line of a file of classifications, `{"task", "labels"}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// The task's name, where it has one.
+    pub task: Option<String>,
+    /// The texts among which each row's answer is; none where the rows have to tell.
+    pub labels: Vec<String>,
+}
+
+impl Header {
+    /// Reads the line that [`Record::parse`] took for no record.
+    ///
+    /// # Errors
+    /// A label that is no text, without the place.
+    pub fn parse(text: &str) -> Result<Self> {
+        let line: Value = serde_json::from_str(text).unwrap_or_default();
+        let mut header =
+            Self { task: line["task"].as_str().filter(|t| !t.is_empty()).map(String::from), labels: Vec::new() };
+        for label in line["labels"].as_array().into_iter().flatten() {
+            let Value::String(label) = label else { bail!(Usage, "the label {label} is {}, not a text", kind(label)) };
+            header.labels.push(label.clone());
+        }
+        Ok(header)
+    }
+}
+
 /// Names of the two fields of a pair, and what lies between them.
 const PAIRS: [(&str, &str, &str); 3] =
     [("prompt", "completion", ""), ("question", "answer", "\n"), ("input", "label", "\n")];
