@@ -13,8 +13,8 @@ use quadriga::model::Adapter;
 use quadriga::model::lora::{ModuleSpec, ModuleValues};
 use quadriga::model::roles::LayerRole;
 use quadriga::rng::Rng;
-use quadriga::train::Settings;
 use quadriga::train::optim::Kind;
+use quadriga::train::{Penalty, Settings};
 use quadriga::vision::{
     Examples, Fresh, Images, Pool, TrainedVit, Trains, VisionTrainer, Vit, VitConfig, VitRole, VitSource, adapter,
     adapter_of,
@@ -67,6 +67,17 @@ fn settings() -> Settings {
 
 /// The model of a folder with the goldens' head, and what trains of it.
 fn trainer<B: Train>(be: Arc<B>, name: &str, trains: Trains, lora: bool, images: usize) -> VisionTrainer<B> {
+    trainer_with(be, name, trains, lora, images, settings())
+}
+
+fn trainer_with<B: Train>(
+    be: Arc<B>,
+    name: &str,
+    trains: Trains,
+    lora: bool,
+    images: usize,
+    settings: Settings,
+) -> VisionTrainer<B> {
     let source = open(name);
     let (vit, masters) = Vit::load(be.clone(), &source, trains).unwrap();
     let adapter = lora.then(|| {
@@ -74,7 +85,7 @@ fn trainer<B: Train>(be: Arc<B>, name: &str, trains: Trains, lora: bool, images:
         a.train(&*be, |_| true).unwrap();
         a
     });
-    let mut t = VisionTrainer::new(vit, masters, adapter, settings(), images).unwrap();
+    let mut t = VisionTrainer::new(vit, masters, adapter, settings, images).unwrap();
     if name == "tiny-dinov2" {
         let (w, b) = (formula(4 * 32, 53, 5, 97, 97.0, 0.5), formula(4, 29, 3, 31, 31.0, 0.5));
         t.set("head.w", &w).unwrap();
@@ -386,8 +397,8 @@ fn classes_that_are_not_allowed_are_out_of_it() {
     says(t.set("none", &[0.0]).unwrap_err(), "there is no parameter none");
     says(t.set("head.b", &[0.0]).unwrap_err(), "head.b: 1 values for [1, 5]");
     says(t.set_values(&[0.0]).unwrap_err(), "1 values for 165");
-    says(t.set_gradients(&[0.0]).unwrap_err(), "1 gradients for 165 values");
-    says(t.update_towards(&[0.0], 1.0).unwrap_err(), "a reference of 1 values for 165");
+    let penalty = Penalty { gradient: None, pull: Some((&[0.0], 1.0)) };
+    says(t.step_with(&ex, &allowed, penalty).unwrap_err(), "1 values for 165");
     says(t.features_behind(&ex.images, 3, false).unwrap_err(), "behind block 3 of 2");
     says(t.attention_input(&ex.images, 2).unwrap_err(), "block 2 of 2");
 }
@@ -402,24 +413,28 @@ fn a_driver_has_all_in_hand() {
     let start = t.values().unwrap();
     let bare = t.features_behind(&ex.images, 2, true).unwrap();
     // SGD: a step is the rate times the gradient, whatever it was made of.
-    t.accumulate(&ex, &[], 1.0).unwrap();
-    let gradient: Vec<f32> = t.gradients().unwrap().iter().map(|g| 2.0 * g + 0.5).collect();
-    t.set_gradients(&gradient).unwrap();
-    t.update().unwrap();
+    let (score, plain) = t.gradient(&ex, &[]).unwrap();
+    let mut gradient = Vec::new();
+    let mut twice = |loss: f64, values: &[f32], g: &mut [f32]| {
+        assert_eq!((loss, values, &*g), (score.loss, &start[..], &plain[..]));
+        g.iter_mut().for_each(|g| *g = 2.0 * *g + 0.5);
+        gradient = g.to_vec();
+        Ok(())
+    };
+    t.step_with(&ex, &[], Penalty { gradient: Some(&mut twice), pull: None }).unwrap();
     let moved = t.values().unwrap();
     let want: Vec<f64> = start.iter().zip(&gradient).map(|(v, g)| f64::from(*v) - 0.05 * f64::from(*g)).collect();
     close("a step", &wide(&moved), &want, 1e-6);
-    assert!(t.gradients().unwrap().iter().all(|&g| g == 0.0));
     // The adapter has moved what lies behind it, and not the model.
     assert_ne!(t.features_behind(&ex.images, 2, false).unwrap(), bare);
     assert_eq!(t.features_behind(&ex.images, 2, true).unwrap(), bare);
     // A pull that is stronger than any step.
-    t.accumulate(&ex, &[], 1.0).unwrap();
-    t.update_towards(&start, 1e6).unwrap();
+    t.step_with(&ex, &[], Penalty { gradient: None, pull: Some((&start, 1e6)) }).unwrap();
     assert_eq!(t.values().unwrap(), start);
     assert_eq!(t.steps(), 2);
     // The same steps from the same state, also of the optimiser.
-    t.reset_optimizer(Settings { lr: 0.01, ..Settings::default() }).unwrap();
+    let adam = Settings { lr: 0.01, ..Settings::default() };
+    let mut t = trainer_with(be.clone(), "tiny-vit-hf", Trains::Head, true, 2, adam);
     let run = |t: &mut VisionTrainer<Cpu>| {
         (0..3).for_each(|_| {
             t.step(&ex, &[]).unwrap();

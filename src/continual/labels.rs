@@ -12,16 +12,20 @@ struct Node {
     children: Vec<usize>,
 }
 
+/// A row behind a prompt: its token, its position behind the prompt (from 0), and which of these rows it sees, itself the last.
+pub type LabelRow = (u32, u32, Vec<u32>);
+
 /// The labels of a stream, by their tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Labels {
     nodes: Vec<Node>,
     /// Where each label ends.
     ends: Vec<usize>,
-    /// Nodes that a pass has rows for, parents first: all on the way to a node that branches, but the root.
-    rows: Vec<usize>,
     /// Nodes that branch, the root first.
     branching: Vec<usize>,
+    rows: Vec<LabelRow>,
+    deciding: Vec<Option<u32>>,
+    choices: Vec<Vec<u32>>,
 }
 
 impl Labels {
@@ -56,36 +60,38 @@ impl Labels {
                 at = nodes[at].parent;
             }
         }
-        let rows = (1..nodes.len()).filter(|&i| on_the_way[i]).collect();
-        Ok(Self { nodes, ends, rows, branching })
-    }
-
-    /// Rows that a prompt has behind it: token, position behind the prompt (from 0), and the rows among these that it sees,
-    /// itself the last.
-    pub fn rows(&self) -> Vec<(u32, u32, Vec<u32>)> {
-        let place = |node: usize| self.rows.binary_search(&node).ok().map(|p| p as u32);
-        let of = |&i: &usize| {
+        // All nodes on the way to one that branches, but the root: parents come before their children.
+        let computed: Vec<usize> = (1..nodes.len()).filter(|&i| on_the_way[i]).collect();
+        let place = |node: usize| computed.binary_search(&node).ok().map(|p| p as u32);
+        let row = |&i: &usize| {
             let (mut seen, mut at) = (Vec::new(), i);
             while let Some(p) = place(at) {
                 seen.push(p);
-                at = self.nodes[at].parent;
+                at = nodes[at].parent;
             }
             seen.reverse();
-            (self.nodes[i].token, self.nodes[i].depth as u32 - 1, seen)
+            (nodes[i].token, nodes[i].depth as u32 - 1, seen)
         };
-        self.rows.iter().map(of).collect()
+        let rows = computed.iter().map(row).collect();
+        let deciding = branching.iter().map(|&n| place(n)).collect();
+        let tokens = |&n: &usize| nodes[n].children.iter().map(|&c| nodes[c].token).collect();
+        let choices = branching.iter().map(tokens).collect();
+        Ok(Self { nodes, ends, branching, rows, deciding, choices })
+    }
+
+    /// Rows that every prompt has behind it.
+    pub fn rows(&self) -> &[LabelRow] {
+        &self.rows
     }
 
     /// The rows whose logits decide: `None` is the prompt's last one, `Some` one of [`Labels::rows`].
-    pub fn deciding(&self) -> Vec<Option<u32>> {
-        let place = |n: &usize| self.rows.binary_search(n).ok().map(|p| p as u32);
-        self.branching.iter().map(place).collect()
+    pub fn deciding(&self) -> &[Option<u32>] {
+        &self.deciding
     }
 
     /// Tokens between which each deciding row decides.
-    pub fn choices(&self) -> Vec<Vec<u32>> {
-        let of = |&n: &usize| self.nodes[n].children.iter().map(|&c| self.nodes[c].token).collect();
-        self.branching.iter().map(of).collect()
+    pub fn choices(&self) -> &[Vec<u32>] {
+        &self.choices
     }
 
     /// The likeliest of the `allowed` labels, the first among equals, where nothing but they can follow. `logits` are those of

@@ -6,13 +6,13 @@ use sha2::{Digest, Sha256};
 
 use super::inflora;
 use super::labels::Labels;
-use super::layout::{Layout, Module};
+use super::layout::Layout;
 use super::learner::{Learner, Moments, Penalty, Sample, Split};
 use crate::backend::{Target, Train, Visible};
 use crate::error::{Result, bail, ensure};
 use crate::model::roles::LayerRole;
-use crate::model::{Adapter, Model, Pass, Term};
-use crate::train::{Trainable, Trainer};
+use crate::model::{Model, Pass, Term};
+use crate::train::{Report, Trainable, Trainer};
 
 /// A prompt and its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,16 +131,6 @@ struct Rows {
     ranges: Vec<Range<usize>>,
 }
 
-/// Where modules lie in an adapter's flat vector.
-pub fn adapter_layout<B: Train>(adapter: &Adapter<B>) -> Layout {
-    let module = |p: crate::model::Place| {
-        let (name, layer) = (format!("layers.{}.{}", p.spec.layer, p.spec.role), p.spec.layer);
-        Module { name, layer, rank: p.spec.rank, input: p.shape[1], output: p.shape[0], a: p.a, b: p.b }
-    };
-    let len = adapter.params().map(crate::model::Param::len).sum();
-    Layout { modules: adapter.places().into_iter().map(module).collect(), len }
-}
-
 impl<B: Train> Language<B> {
     /// The trainer's passes hold the stream's longest example. What the stream keeps of frozen layers must be this model's.
     ///
@@ -151,7 +141,7 @@ impl<B: Train> Language<B> {
             bail!(Usage, "a stream is learnt with an adapter");
         };
         let Some(cut) = adapter.lowest() else { bail!(Usage, "no layer of the adapter trains") };
-        let (layout, roles) = (adapter_layout(adapter), adapter.places().iter().map(|p| p.spec.role).collect());
+        let (layout, roles) = (Layout::of_adapter(adapter), adapter.places().iter().map(|p| p.spec.role).collect());
         let layers = trainer.model().config().layers;
         ensure!(settings.router_layer <= layers, Usage, "the router's layer {} of {layers}", settings.router_layer);
         stream.keep_at([Some(settings.router_layer), (settings.cache && cut > 0).then_some(cut)]);
@@ -166,11 +156,6 @@ impl<B: Train> Language<B> {
     /// The trainer.
     pub fn trainer(&self) -> &Trainer<B> {
         &self.trainer
-    }
-
-    /// The lowest adapted layer.
-    pub fn cut(&self) -> usize {
-        self.cut
     }
 
     /// Bytes of the residual streams that are kept.
@@ -211,7 +196,7 @@ impl<B: Train> Language<B> {
             rows.wanted.extend(behind - 1..behind + n - u32::from(!end));
         } else {
             for (token, at, seen) in self.stream.trie.rows() {
-                rows.tokens.push(token);
+                rows.tokens.push(*token);
                 rows.positions.push(prompt + at);
                 let mut ranges = vec![[first, behind]];
                 for s in seen {
@@ -223,7 +208,7 @@ impl<B: Train> Language<B> {
                 rows.visible.push(&ranges)?;
             }
             let row = |d: Option<u32>| d.map_or(behind - 1, |d| behind + d);
-            rows.wanted.extend(self.stream.trie.deciding().into_iter().map(row));
+            rows.wanted.extend(self.stream.trie.deciding().iter().copied().map(row));
         }
         rows.ranges.push(first as usize..rows.tokens.len());
         Ok(())
@@ -300,8 +285,7 @@ impl<B: Train> Language<B> {
 
     fn gradient_of(&mut self, samples: &[Sample], end: bool) -> Result<(f64, Vec<f32>)> {
         let loss = self.descend(samples, end)?;
-        let gradient = self.trainer.gradients()?;
-        self.trainer.clear_gradients()?;
+        let gradient = self.trainer.take_gradients()?;
         ensure!(loss.is_finite(), Diverged, "the loss is {loss}");
         Ok((loss, gradient))
     }
@@ -390,24 +374,12 @@ impl<B: Train> Learner for Language<B> {
 
     fn step(&mut self, samples: &[Sample], penalty: Penalty<'_>) -> Result<f64> {
         let loss = self.descend(samples, self.settings.end)?;
-        if !loss.is_finite() {
-            self.trainer.clear_gradients()?;
-            bail!(Diverged, "step {}: the loss is {loss}; lower the learning rate", self.trainer.steps() + 1);
-        }
-        if let Some(add) = penalty.gradient {
-            let (values, mut gradient) = (self.trainer.values()?, self.trainer.gradients()?);
-            add(loss, &values, &mut gradient)?;
-            self.trainer.set_gradients(&gradient)?;
-        }
-        match penalty.pull {
-            Some((reference, strength)) => self.trainer.update_towards(reference, strength)?,
-            None => self.trainer.update()?,
-        };
+        self.trainer.conclude_with(Report { loss, ..Report::default() }, penalty)?;
         Ok(loss)
     }
 
     fn predict(&mut self, task: usize, examples: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
-        let choices = self.stream.trie.choices();
+        let choices = self.stream.trie.choices().to_vec();
         let mut predicted = Vec::with_capacity(examples.len());
         for part in self.parts(task, Split::Test, examples) {
             let (pass, _) = self.pass(task, Split::Test, &examples[part], false)?;

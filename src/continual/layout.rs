@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
+use crate::backend::Train;
 use crate::error::{Result, ensure};
+use crate::model::{Adapter, Param, Place};
 
 /// A linear that is adapted, y = W x + scale B A x.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +36,20 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Of modules with these places among `len` values; names begin with `prefix`.
+    pub fn new(prefix: &str, places: Vec<Place>, len: usize) -> Self {
+        let module = |p: Place| {
+            let (name, layer) = (format!("{prefix}.{}.{}", p.spec.layer, p.spec.role), p.spec.layer);
+            Module { name, layer, rank: p.spec.rank, input: p.shape[1], output: p.shape[0], a: p.a, b: p.b }
+        };
+        Self { modules: places.into_iter().map(module).collect(), len }
+    }
+
+    /// Of a decoder's adapter.
+    pub fn of_adapter<B: Train>(adapter: &Adapter<B>) -> Self {
+        Self::new("layers", adapter.places(), adapter.params().map(Param::len).sum())
+    }
+
     /// Refuses modules whose parts do not lie in the vector or have other sizes than their shapes say.
     ///
     /// # Errors

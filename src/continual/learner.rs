@@ -2,7 +2,7 @@
 
 use super::layout::Layout;
 use crate::error::Result;
-pub use crate::train::Moments;
+pub use crate::train::{Moments, OnGradient, Penalty};
 
 /// A training example: its task, and its place among that task's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +20,6 @@ pub enum Split {
     Train,
     /// Test examples.
     Test,
-}
-
-/// Sees the loss and the values of a step and adds to the gradient.
-pub type OnGradient<'a> = &'a mut dyn FnMut(f64, &[f32], &mut [f32]) -> Result<()>;
-
-/// What a step does besides descending the loss.
-#[derive(Default)]
-pub struct Penalty<'a> {
-    /// Adds the gradient of a penalty, before the gradient is clipped.
-    pub gradient: Option<OnGradient<'a>>,
-    /// Pulls each value towards its reference behind the update: theta = ref + soft(theta - ref, rate times this).
-    pub pull: Option<(&'a [f32], f32)>,
 }
 
 /// A model with one adapter, its optimiser, and the examples of a stream's tasks. Values, gradients and references are flat vectors

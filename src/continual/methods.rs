@@ -28,7 +28,7 @@ fn blocks(state: &State, layout: &Layout) -> Blocks {
 pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut TaskReport) -> Result<bool> {
     let task = state.task;
     if state.method.blocks() {
-        let (rank, tasks) = (learner.layout().modules.first().map_or(0, |m| m.rank), state.tasks.max(1));
+        let (rank, tasks) = (learner.layout().modules.first().map_or(0, |m| m.rank), state.tasks);
         let same = learner.layout().modules.iter().all(|m| m.rank == rank);
         ensure!(
             same && rank >= tasks && rank.is_multiple_of(tasks),
@@ -37,13 +37,12 @@ pub(super) fn begin(state: &mut State, learner: &mut dyn Learner, report: &mut T
         );
     }
     match state.method.clone() {
-        Method::Sequential | Method::Ewc { .. } | Method::L2 { .. } | Method::Anchor { .. } | Method::Random { .. } => {
-        }
+        Method::Sequential | Method::Ewc { .. } | Method::L2 { .. } | Method::Released(_) => {}
+        Method::Anchor { .. } | Method::Random { .. } => {}
         Method::Paper(_) => {
             let modules = learner.layout().modules.len();
             state.arms = vec![Arms::new(state.tree.nodes.len()); modules];
         }
-        Method::Released(_) => {}
         Method::Olora { .. } => learner.restart()?,
         Method::Inflora { .. } => {
             let samples = all(learner, task);
@@ -104,9 +103,7 @@ fn join(state: &mut State, settings: &Grouped, learner: &mut dyn Learner, report
 /// The signature of the current task: the gradient of B at the stream's first adapter, where that of A is 0.
 fn probe(state: &State, examples: usize, learner: &mut dyn Learner) -> Result<Signature> {
     let (task, n) = (state.task, learner.size(state.task)[0]);
-    let mut order: Vec<usize> = (0..n).collect();
-    let mut rng = Rng::stream(state.plan.seed, PROBES | task as u64);
-    (1..n).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
+    let mut order = shuffled(n, Rng::stream(state.plan.seed, PROBES | task as u64));
     if examples > 0 {
         order.truncate(examples);
     }
@@ -141,7 +138,7 @@ pub(super) struct Chosen {
 
 impl Chosen {
     pub(super) fn new(
-        state: &mut State,
+        state: &State,
         learner: &mut dyn Learner,
         samples: &[Sample],
         step: u64,
@@ -153,7 +150,7 @@ impl Chosen {
         if state.task == 0 {
             return Ok(new);
         }
-        let (task, modules) = (state.task, learner.layout().modules.len());
+        let (task, modules, tau) = (state.task, learner.layout().modules.len(), state.method.tau());
         match state.method.clone() {
             Method::Anchor { .. } => new.reference = state.members.last().map(|m| m.values.clone()),
             Method::Random { .. } => {
@@ -181,7 +178,8 @@ impl Chosen {
             }
             Method::Tree(_) => {
                 let own = &state.members[state.reports[task].adapter];
-                new.reference = (own.tasks.len() > 1).then(|| own.values.clone());
+                // Of a task that is alone in its group there is nothing to hold on to.
+                new.reference = (tau > 0.0 && own.tasks.len() > 1).then(|| own.values.clone());
             }
             _ => {}
         }
@@ -267,10 +265,8 @@ pub(super) fn on_gradient(
 fn accumulate(state: &mut State, chosen: &Chosen, v: &[f32], weight: f32) {
     if chosen.step.is_multiple_of(chosen.per_epoch) {
         state.running = vec![0.0; v.len()];
-        state.summed = 0;
     }
     state.running.iter_mut().zip(v).for_each(|(s, x)| *s += weight * x);
-    state.summed += 1;
 }
 
 /// Ends a task: keeps what later tasks look back at.
@@ -362,6 +358,13 @@ pub fn differences(stored: &[Signature]) -> Vec<Signature> {
         _ => stored[k].iter().zip(&stored[k - 1]).map(|(a, b)| minus(a, b)).collect(),
     };
     (0..stored.len()).map(of).collect()
+}
+
+/// 0 .. n in an order drawn by `rng`.
+pub(super) fn shuffled(n: usize, mut rng: Rng) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    rng.shuffle(&mut order);
+    order
 }
 
 fn all(learner: &dyn Learner, task: usize) -> Vec<Sample> {

@@ -46,7 +46,7 @@ pub struct TaskReport {
     pub distances: Vec<f64>,
     /// How often each earlier task was chosen for a module.
     pub pulls: Vec<u64>,
-    /// Mean value of the method's penalty over the steps.
+    /// The method's penalty: its mean value over the steps where its gradient is added, its value at the last step where it is a pull.
     pub penalty: f64,
     /// Its adapter, of those that are kept.
     pub adapter: usize,
@@ -93,8 +93,6 @@ pub struct State {
     /// Modes P and C: the running sum that becomes the current task's signature.
     #[serde(skip)]
     pub running: Vec<f32>,
-    /// Gradients in `running`.
-    pub summed: u64,
     /// Of EWC.
     #[serde(skip)]
     pub fisher: Fisher,
@@ -133,7 +131,6 @@ impl State {
             released: search::Released::new(0, 0),
             signatures: Vec::new(),
             running: Vec::new(),
-            summed: 0,
             fisher: Fisher::default(),
             bases: Vec::new(),
             anchor,

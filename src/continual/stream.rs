@@ -56,8 +56,10 @@ pub struct Seconds {
 /// A stream of tasks under way.
 pub struct Stream {
     state: State,
-    /// Time so far; resuming does not bring it back.
+    /// Time so far. It is no part of the state: who keeps that may keep this beside it.
     pub seconds: Seconds,
+    /// Of the epoch under way: its task, its number, and the order of its examples.
+    order: Option<(usize, u64, Vec<usize>)>,
 }
 
 impl Stream {
@@ -73,7 +75,7 @@ impl Stream {
             let [train, test] = learner.size(task);
             ensure!(train > 0 && test > 0, Usage, "task {task} has {train} training and {test} test examples");
         }
-        Ok(Self { state, seconds: Seconds::default() })
+        Ok(Self { state, seconds: Seconds::default(), order: None })
     }
 
     /// Where it stands.
@@ -119,7 +121,9 @@ impl Stream {
                 let examples = every(learner, j);
                 self.state.scores.untrained.push(score(learner, j, &examples, &allowed)?);
             }
+            self.seconds.evaluation += begun.elapsed().as_secs_f64();
         }
+        let begun = Instant::now();
         let mut report = TaskReport { pulls: vec![0; task], ..TaskReport::default() };
         let reused = methods::begin(&mut self.state, learner, &mut report)?;
         let adapter = report.adapter;
@@ -130,15 +134,19 @@ impl Stream {
     }
 
     /// The examples of a step: each epoch has its own order, the same for all methods.
-    fn batch(&self, k: u64, examples: usize) -> Vec<Sample> {
-        let (state, plan) = (&self.state, &self.state.plan);
+    fn batch(&mut self, k: u64, examples: usize) -> Vec<Sample> {
+        let (task, plan) = (self.state.task, &self.state.plan);
         let per_epoch = examples.div_ceil(plan.batch) as u64;
         let (epoch, at) = (k / per_epoch, (k % per_epoch) as usize * plan.batch);
-        let mut rng = Rng::stream(plan.seed, ((state.task as u64) << 32) | epoch);
-        let mut order: Vec<usize> = (0..examples).collect();
-        (1..examples).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
+        let (.., order) = match self.order.take() {
+            Some(kept) if (kept.0, kept.1) == (task, epoch) => self.order.insert(kept),
+            _ => {
+                let rng = Rng::stream(plan.seed, ((task as u64) << 32) | epoch);
+                self.order.insert((task, epoch, methods::shuffled(examples, rng)))
+            }
+        };
         let end = examples.min(at + plan.batch);
-        order[at..end].iter().map(|&index| Sample { task: state.task, index }).collect()
+        order[at..end].iter().map(|&index| Sample { task, index }).collect()
     }
 
     fn step(&mut self, k: u64, learner: &mut dyn Learner) -> Result<Event> {
@@ -147,30 +155,27 @@ impl Stream {
         let (of, per_epoch) = (self.steps(examples), examples.div_ceil(self.state.plan.batch) as u64);
         let samples = self.batch(k, examples);
         let begun = Instant::now();
-        let layout = learner.layout().clone();
-        let mut chosen = Chosen::new(&mut self.state, learner, &samples, k, per_epoch)?;
+        let mut chosen = Chosen::new(&self.state, learner, &samples, k, per_epoch)?;
         self.seconds.search += begun.elapsed().as_secs_f64();
         let begun = Instant::now();
         let tau = self.state.method.tau();
         let reference = chosen.reference.take();
-        let hooked = self.state.method.adds_to_gradients();
+        // The learner is busy while its gradient is looked at.
+        let layout = self.state.method.adds_to_gradients().then(|| learner.layout().clone());
         let (state, mut penalty, mut searching) = (&mut self.state, 0.0, 0.0);
         let mut on_gradient = |loss: f64, values: &[f32], grad: &mut [f32]| {
             let begun = Instant::now();
-            penalty = methods::on_gradient(state, &layout, &mut chosen, loss, values, grad)?;
+            if let Some(layout) = &layout {
+                penalty = methods::on_gradient(state, layout, &mut chosen, loss, values, grad)?;
+            }
             searching += begun.elapsed().as_secs_f64();
             Ok(())
         };
-        let gradient = if hooked { Some(&mut on_gradient as OnGradient<'_>) } else { None };
+        let gradient = if layout.is_some() { Some(&mut on_gradient as OnGradient<'_>) } else { None };
         let pull = reference.as_deref().filter(|_| tau > 0.0).map(|r| (r, tau));
         let loss = learner.step(&samples, Penalty { gradient, pull })?;
         self.seconds.training += begun.elapsed().as_secs_f64() - searching;
         self.seconds.search += searching;
-        if let Some((reference, tau)) = pull {
-            // The pull's value is its distance, for the record: a penalty that is always 0 is a defect.
-            let values = learner.values()?;
-            penalty = f64::from(tau) * super::signature::l1(&values, reference);
-        }
         let tokens: usize = samples.iter().map(|&s| learner.length(s)).sum();
         let report = &mut self.state.reports[task];
         report.steps += 1;
@@ -181,7 +186,12 @@ impl Stream {
         let last = &report.losses[report.losses.len().saturating_sub(WINDOW)..];
         let mean = last.iter().sum::<f64>() / last.len() as f64;
         let learnt = last.len() == WINDOW && mean < self.state.plan.stop_loss;
-        self.state.stage = if k + 1 >= of || learnt { Stage::End } else { Stage::Step(k + 1) };
+        let over = k + 1 >= of || learnt;
+        if let (Some((reference, tau)), true) = (pull, over) {
+            // A penalty that is always 0 is a defect: it goes on record.
+            report.penalty = f64::from(tau) * super::signature::l1(&learner.values()?, reference);
+        }
+        self.state.stage = if over { Stage::End } else { Stage::Step(k + 1) };
         Ok(Event::Step { task, done: k + 1, of, loss })
     }
 

@@ -1,9 +1,10 @@
 //! [`Pictures`]: a vision transformer that learns classes in tasks, with one head for all of them.
 
-use super::layout::{Layout, Module};
+use super::layout::Layout;
 use super::learner::{Learner, Moments, Penalty, Sample, Split};
 use crate::backend::Train;
 use crate::error::{Result, bail, ensure};
+use crate::model::Param;
 use crate::rng::Rng;
 use crate::vision::{Examples, VisionTrainer, VitRole};
 
@@ -60,13 +61,8 @@ impl<B: Train> Pictures<B> {
         let classes = trainer.vit().config().classes;
         let most = tasks.iter().flat_map(|t| &t.classes).max().map_or(0, |c| c + 1);
         ensure!(most <= classes, Usage, "{most} classes, the head has {classes}");
-        let module = |p: crate::model::Place| {
-            let (name, layer) = (format!("blocks.{}.{}", p.spec.layer, p.spec.role), p.spec.layer);
-            Module { name, layer, rank: p.spec.rank, input: p.shape[1], output: p.shape[0], a: p.a, b: p.b }
-        };
-        let len = trainer.params().map(crate::model::Param::len).sum();
-        let layout = Layout { modules: places.into_iter().map(module).collect(), len };
-        layout.check()?;
+        let len = trainer.params().map(Param::len).sum();
+        let layout = Layout::new("blocks", places, len);
         let name = VitRole::Head.to_string();
         if let Some(span) = trainer.span(&name) {
             let mut values = trainer.values()?;
@@ -83,11 +79,6 @@ impl<B: Train> Pictures<B> {
     /// The trainer.
     pub fn trainer(&self) -> &VisionTrainer<B> {
         &self.trainer
-    }
-
-    /// The trainer, for another stream.
-    pub fn into_trainer(self) -> VisionTrainer<B> {
-        self.trainer
     }
 
     fn examples(&self, samples: &[Sample]) -> Result<(Examples, Vec<u32>)> {
@@ -145,21 +136,7 @@ impl<B: Train> Learner for Pictures<B> {
 
     fn step(&mut self, samples: &[Sample], penalty: Penalty<'_>) -> Result<f64> {
         let (examples, seen) = self.examples(samples)?;
-        let loss = self.trainer.accumulate(&examples, &seen, 1.0)?.loss;
-        if !loss.is_finite() {
-            self.trainer.clear_gradients()?;
-            bail!(Diverged, "step {}: the loss is {loss}; lower the learning rate", self.trainer.steps() + 1);
-        }
-        if let Some(add) = penalty.gradient {
-            let (values, mut gradient) = (self.trainer.values()?, self.trainer.gradients()?);
-            add(loss, &values, &mut gradient)?;
-            self.trainer.set_gradients(&gradient)?;
-        }
-        match penalty.pull {
-            Some((reference, strength)) => self.trainer.update_towards(reference, strength)?,
-            None => self.trainer.update()?,
-        };
-        Ok(loss)
+        Ok(self.trainer.step_with(&examples, &seen, penalty)?.score.loss)
     }
 
     fn predict(&mut self, task: usize, examples: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {

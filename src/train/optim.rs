@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Schedule;
 use super::checkpoint::NamedTensor;
+use super::{Schedule, flat};
 use crate::backend::{Buffer, Step, Train, Update};
 use crate::error::{Result, bail, ensure};
 use crate::model::Param;
@@ -114,7 +114,25 @@ pub struct Optimizer<B: Train> {
     settings: Settings,
     states: Vec<Vec<B::Buf<B::Acc>>>,
     steps: u64,
+    /// Where a pull goes, for each tensor that trains; none before the first pull.
+    references: Vec<B::Buf<B::Acc>>,
 }
+
+/// Sees the loss and the values of a step and adds to the gradient, all as one vector, tensor after tensor.
+pub type OnGradient<'a> = &'a mut dyn FnMut(f64, &[f32], &mut [f32]) -> Result<()>;
+
+/// What a step does besides descending its loss.
+#[derive(Default)]
+pub struct Penalty<'a> {
+    /// Adds the gradient of a penalty, before the gradient is clipped.
+    pub gradient: Option<OnGradient<'a>>,
+    /// Pulls each value towards its reference behind the update, in place of the optimiser's own L1 penalty: theta = ref +
+    /// soft(theta - ref, rate times this).
+    pub pull: Option<(&'a [f32], f32)>,
+}
+
+/// An optimiser's states by name.
+pub type Moments = Vec<(String, Vec<f32>)>;
 
 impl<B: Train> Optimizer<B> {
     /// For the tensors among `params` that have gradients.
@@ -132,7 +150,7 @@ impl<B: Train> Optimizer<B> {
             Ok(states)
         };
         let states = params.filter(|p| p.g.is_some()).map(of).collect::<Result<_>>()?;
-        Ok(Self { settings, states, steps: 0 })
+        Ok(Self { settings, states, steps: 0, references: Vec::new() })
     }
 
     /// Its settings.
@@ -150,28 +168,61 @@ impl<B: Train> Optimizer<B> {
     /// # Errors
     /// `Diverged` where the gradient is not finite: no weight has changed then, and gradients are cleared.
     pub fn step<'p>(&mut self, be: &B, params: impl Iterator<Item = &'p mut Param<B>>) -> Result<Stepped> {
-        self.step_towards(be, params, &[], self.settings.l1)
+        self.advance(be, params, self.settings.l1, false)
     }
 
-    /// [`Optimizer::step`] with an L1 penalty of strength `l1` towards `references`, one for each tensor that trains; towards 0 where
-    /// there are none.
+    /// Ends a step whose gradients have been gathered: adds the penalty's, moves the tensors and clears the gradients.
     ///
     /// # Errors
-    /// As [`Optimizer::step`]; references of other tensors.
-    pub fn step_towards<'p>(
+    /// `Diverged` where the loss or the gradient is not finite: no weight has changed then, and gradients are cleared. A reference of
+    /// other values than all tensors have; those of the penalty.
+    pub fn conclude(
+        &mut self,
+        be: &B,
+        params: &mut [&mut Param<B>],
+        loss: f64,
+        penalty: Penalty<'_>,
+    ) -> Result<Stepped> {
+        if !loss.is_finite() {
+            flat::clear(be, params.iter_mut().map(|p| &mut **p))?;
+            bail!(Diverged, "step {}: the loss is {loss}; lower the learning rate", self.steps + 1);
+        }
+        if let Some(add) = penalty.gradient {
+            let values = flat::values(be, params.iter().map(|p| &**p))?;
+            let mut gradient = flat::gradients(be, params.iter().map(|p| &**p))?;
+            add(loss, &values, &mut gradient)?;
+            flat::set_gradients(be, params.iter_mut().map(|p| &mut **p), &gradient)?;
+        }
+        let Some((reference, strength)) = penalty.pull else {
+            return self.step(be, params.iter_mut().map(|p| &mut **p));
+        };
+        if self.references.is_empty() {
+            let trained = params.iter().filter(|p| p.g.is_some());
+            self.references = trained.map(|p| be.alloc(p.len())).collect::<Result<_>>()?;
+        }
+        let mut own = self.references.iter_mut();
+        flat::split(params.iter_mut().map(|p| &mut **p), reference, |p, values| {
+            match if p.g.is_some() { own.next() } else { None } {
+                Some(r) => be.upload_acc(r.head_mut(values.len()), values),
+                None => Ok(()),
+            }
+        })?;
+        self.advance(be, params.iter_mut().map(|p| &mut **p), strength, true)
+    }
+
+    /// Moves by the gradients, and by an L1 penalty of strength `l1` towards the references, or towards 0.
+    fn advance<'p>(
         &mut self,
         be: &B,
         params: impl Iterator<Item = &'p mut Param<B>>,
-        references: &[B::Buf<B::Acc>],
         l1: f32,
+        towards: bool,
     ) -> Result<Stepped> {
         let mut params: Vec<&mut Param<B>> = params.filter(|p| p.g.is_some()).collect();
         ensure!(params.len() == self.states.len(), Shape, "{} tensors train, not {}", params.len(), self.states.len());
         let grads: Vec<_> = params.iter().filter_map(|p| p.g.as_ref().map(|g| g.head(p.len()))).collect();
         let square = be.sq_norm(&grads)?;
         drop(grads);
-        let given = references.is_empty() || references.len() == params.len();
-        ensure!(given, Shape, "{} references for {} tensors", references.len(), params.len());
         let Settings { clip, weight_decay, .. } = self.settings;
         let lr = self.settings.lr * self.settings.schedule.factor(self.steps) as f32;
         let grad_norm = square.sqrt();
@@ -179,11 +230,13 @@ impl<B: Train> Optimizer<B> {
         let scale = if clip > 0.0 && grad_norm > f64::from(clip) { clip / grad_norm as f32 } else { 1.0 };
         let (rule, number) = (self.settings.rule(), self.steps + 1);
         let step = Step { rule, lr, decay: weight_decay, scale, number, l1: lr * l1 };
+        let references = &self.references;
+        let reference = |i: usize| references.get(i).filter(|_| towards);
         for (i, (p, states)) in params.iter_mut().zip(&mut self.states).enumerate() {
             let n = p.len();
             let Some(g) = &mut p.g else { continue };
             if finite {
-                be.optimize(p.w.head_mut(n), g.head(n), states, references.get(i).map(|r| r.head(n)), &step)?;
+                be.optimize(p.w.head_mut(n), g.head(n), states, reference(i).map(|r| r.head(n)), &step)?;
             }
             be.zero(g.head_mut(n))?;
         }
@@ -259,6 +312,35 @@ impl<B: Train> Optimizer<B> {
             }
         }
         Ok(all)
+    }
+
+    /// Steps done, and every state by name.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn moments<'p>(&self, be: &B, params: impl Iterator<Item = &'p Param<B>>) -> Result<(u64, Moments)> {
+        Ok((self.steps, self.to_host(be, params)?.into_iter().map(|(name, _, v)| (name, v)).collect()))
+    }
+
+    /// Goes on with what [`Optimizer::moments`] gave.
+    ///
+    /// # Errors
+    /// `Weights` for a state that is missing or of another size.
+    pub fn set_moments<'p>(
+        &mut self,
+        be: &B,
+        params: impl Iterator<Item = &'p Param<B>>,
+        steps: u64,
+        moments: &Moments,
+    ) -> Result<()>
+    where
+        B: 'p,
+    {
+        self.restore(be, params, steps, |name, n| match moments.iter().find(|s| s.0 == name) {
+            Some((_, v)) if v.len() == n => Ok(v),
+            Some((_, v)) => bail!(Weights, "{name} has {} values, {n} here", v.len()),
+            None => bail!(Weights, "no state {name} of the optimiser"),
+        })
     }
 
     /// Goes on with states that [`Optimizer::to_host`] gave after `steps` steps; `find` gives each by name.

@@ -2,17 +2,15 @@
 
 use std::ops::Range;
 
-use super::optim::{Optimizer, Settings, Stepped};
+use super::flat;
+use super::optim::{Moments, Optimizer, Penalty, Settings, Stepped};
 use super::{Batch, Checkpoint, Cursor};
-use crate::backend::{Buffer, Target, Train};
-use crate::error::{Result, bail, ensure};
+use crate::backend::{Target, Train};
+use crate::error::{Result, ensure};
 use crate::model::{Adapter, Full, Head, Model, Param, Pass, Recompute, Saved, Term};
 
 /// Rows of logits that exist at a time.
 const TILE: usize = 256;
-
-/// Vectors by name: an optimiser's states.
-pub type Moments = Vec<(String, Vec<f32>)>;
 
 /// What a run changes.
 pub enum Trainable<B: Train> {
@@ -173,11 +171,7 @@ impl<B: Train> Trainer<B> {
     /// # Errors
     /// The device's.
     pub fn values(&self) -> Result<Vec<f32>> {
-        let mut all = Vec::new();
-        for p in self.trainable.params() {
-            all.extend(p.to_host(self.model.backend())?);
-        }
-        Ok(all)
+        flat::values(self.model.backend(), self.trainable.params())
     }
 
     /// Sets all that trains; the optimiser stays.
@@ -185,88 +179,18 @@ impl<B: Train> Trainer<B> {
     /// # Errors
     /// Another number of values; the device's.
     pub fn set_values(&mut self, values: &[f32]) -> Result<()> {
-        let be = self.model.backend();
-        let n: usize = self.trainable.params().map(Param::len).sum();
-        ensure!(values.len() == n, Shape, "{} values for {n}", values.len());
-        let mut rest = values;
-        for p in self.trainable.params_mut() {
-            let (own, others) = rest.split_at(p.len());
-            be.upload_acc(p.w.head_mut(own.len()), own)?;
-            rest = others;
-        }
-        match &self.trainable {
-            Trainable::Full(full) => self.model.refresh(full),
-            Trainable::Adapter(_) => Ok(()),
-        }
+        flat::set_values(self.model.backend(), self.trainable.params_mut(), values)?;
+        self.refresh()
     }
 
-    /// The gradients gathered so far, as [`Trainer::values`] lists; 0 for what is frozen.
+    /// The gradients gathered since the last time, as [`Trainer::values`] lists, 0 for what is frozen; they are forgotten.
     ///
     /// # Errors
     /// The device's.
-    pub fn gradients(&self) -> Result<Vec<f32>> {
-        let mut all = Vec::new();
-        for p in self.trainable.params() {
-            let at = all.len();
-            all.resize(at + p.len(), 0.0);
-            if let Some(g) = &p.g {
-                self.model.backend().download_acc(g.head(p.len()), &mut all[at..])?;
-            }
-        }
-        Ok(all)
-    }
-
-    /// Replaces the gradients of what is not frozen.
-    ///
-    /// # Errors
-    /// Another number of values; the device's.
-    pub fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
-        let be = self.model.backend();
-        let n: usize = self.trainable.params().map(Param::len).sum();
-        ensure!(values.len() == n, Shape, "{} gradients for {n} values", values.len());
-        let mut rest = values;
-        for p in self.trainable.params_mut() {
-            let (own, others) = rest.split_at(p.len());
-            if let Some(g) = &mut p.g {
-                be.upload_acc(g.head_mut(own.len()), own)?;
-            }
-            rest = others;
-        }
-        Ok(())
-    }
-
-    /// Forgets the gradients gathered so far.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn clear_gradients(&mut self) -> Result<()> {
-        self.clear()
-    }
-
-    /// [`Trainer::update`] with an L1 pull of strength `l1` towards `reference`, which lists all tensors as [`Trainer::values`] does:
-    /// w = r + soft(w - r, rate times l1).
-    ///
-    /// # Errors
-    /// As [`Trainer::update`]; a reference of other values.
-    pub fn update_towards(&mut self, reference: &[f32], l1: f32) -> Result<Stepped> {
-        let be = self.model.backend();
-        let n: usize = self.trainable.params().map(Param::len).sum();
-        ensure!(reference.len() == n, Shape, "a reference of {} values for {n}", reference.len());
-        let (mut rest, mut references) = (reference, Vec::new());
-        for p in self.trainable.params() {
-            let (own, others) = rest.split_at(p.len());
-            if p.g.is_some() {
-                let mut r = be.alloc(own.len())?;
-                be.upload_acc(r.head_mut(own.len()), own)?;
-                references.push(r);
-            }
-            rest = others;
-        }
-        let stepped = self.optimizer.step_towards(be, self.trainable.params_mut(), &references, l1)?;
-        if let Trainable::Full(full) = &self.trainable {
-            self.model.refresh(full)?;
-        }
-        Ok(stepped)
+    pub fn take_gradients(&mut self) -> Result<Vec<f32>> {
+        let gradients = flat::gradients(self.model.backend(), self.trainable.params())?;
+        self.clear()?;
+        Ok(gradients)
     }
 
     /// Lets the optimiser begin anew.
@@ -278,33 +202,21 @@ impl<B: Train> Trainer<B> {
         optimizer.restart(model.backend(), trainable.params())
     }
 
-    /// The optimiser.
-    pub fn optimizer(&self) -> &Optimizer<B> {
-        &self.optimizer
-    }
-
     /// Steps and states of the optimiser.
     ///
     /// # Errors
     /// The device's.
     pub fn moments(&self) -> Result<(u64, Moments)> {
-        let states = self.optimizer.to_host(self.model.backend(), self.trainable.params())?;
-        Ok((self.optimizer.steps(), states.into_iter().map(|(name, _, v)| (name, v)).collect()))
+        self.optimizer.moments(self.model.backend(), self.trainable.params())
     }
 
     /// Sets them.
     ///
     /// # Errors
     /// A state that is missing or of another size.
-    pub fn set_moments(&mut self, steps: u64, states: &[(String, Vec<f32>)]) -> Result<()> {
+    pub fn set_moments(&mut self, steps: u64, moments: &Moments) -> Result<()> {
         let Self { model, trainable, optimizer, .. } = self;
-        optimizer.restore(model.backend(), trainable.params(), steps, |name, n| {
-            match states.iter().find(|s| s.0 == name) {
-                Some((_, v)) if v.len() == n => Ok(v),
-                Some((_, v)) => bail!(Weights, "{name} has {} values, {n} here", v.len()),
-                None => bail!(Weights, "no state {name} of the optimiser"),
-            }
-        })
+        optimizer.set_moments(model.backend(), trainable.params(), steps, moments)
     }
 
     /// The likeliest token of each wanted row of the last forward pass.
@@ -339,9 +251,7 @@ impl<B: Train> Trainer<B> {
     pub fn update(&mut self) -> Result<Stepped> {
         let be = self.model.backend();
         let stepped = self.optimizer.step(be, self.trainable.params_mut())?;
-        if let Trainable::Full(full) = &self.trainable {
-            self.model.refresh(full)?;
-        }
+        self.refresh()?;
         Ok(stepped)
     }
 
@@ -365,11 +275,20 @@ impl<B: Train> Trainer<B> {
     /// # Errors
     /// `Diverged` where loss or gradient is not finite: no weight has changed then, and the gradient is forgotten.
     pub fn conclude(&mut self, report: Report) -> Result<Report> {
-        if !report.loss.is_finite() {
-            self.clear()?;
-            bail!(Diverged, "step {}: the loss is {}; lower the learning rate", self.steps() + 1, report.loss);
-        }
-        Ok(Report { stepped: self.update()?, ..report })
+        self.conclude_with(report, Penalty::default())
+    }
+
+    /// [`Trainer::conclude`] with a penalty on the values.
+    ///
+    /// # Errors
+    /// As [`Optimizer::conclude`].
+    pub fn conclude_with(&mut self, report: Report, penalty: Penalty<'_>) -> Result<Report> {
+        let Self { model, trainable, optimizer, .. } = self;
+        let mut params: Vec<_> = trainable.params_mut().collect();
+        let stepped = optimizer.conclude(model.backend(), &mut params, report.loss, penalty)?;
+        drop(params);
+        self.refresh()?;
+        Ok(Report { stepped, ..report })
     }
 
     /// Mean cross-entropy over the labels of `batches`, nats; nothing is learnt.
@@ -395,14 +314,15 @@ impl<B: Train> Trainer<B> {
     }
 
     fn clear(&mut self) -> Result<()> {
-        let be = self.model.backend();
-        for p in self.trainable.params_mut() {
-            let n = p.len();
-            if let Some(g) = &mut p.g {
-                be.zero(g.head_mut(n))?;
-            }
+        flat::clear(self.model.backend(), self.trainable.params_mut())
+    }
+
+    /// Gives the model what its masters have become.
+    fn refresh(&mut self) -> Result<()> {
+        match &self.trainable {
+            Trainable::Full(full) => self.model.refresh(full),
+            Trainable::Adapter(_) => Ok(()),
         }
-        Ok(())
     }
 
     /// All that the run needs to go on: the caller knows the data's place and the settings.
@@ -421,9 +341,6 @@ impl<B: Train> Trainer<B> {
     pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
         let be = self.model.backend();
         from.give(be, &mut self.trainable.params_mut().collect::<Vec<_>>(), &mut self.optimizer)?;
-        if let Trainable::Full(full) = &self.trainable {
-            self.model.refresh(full)?;
-        }
-        Ok(())
+        self.refresh()
     }
 }

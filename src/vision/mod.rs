@@ -25,5 +25,5 @@ pub use config::{Pool, VitConfig};
 pub use images::{Examples, Images, Scaling};
 pub use roles::{BlockRole, VitRole, VitSource};
 pub use saved::VitSaved;
-pub use trainer::{Moments, Score, VisionStep, VisionTrainer};
+pub use trainer::{Score, VisionStep, VisionTrainer};
 pub use weights::{Fresh, Masters, TrainedVit, Trains, Vit};

@@ -8,8 +8,8 @@ use super::weights::{Masters, Vit};
 use crate::backend::{Buffer, Train};
 use crate::error::{Result, bail, ensure};
 use crate::model::{Adapter, Param, Place};
-pub use crate::train::Moments;
-use crate::train::optim::{Optimizer, Settings, Stepped};
+use crate::train::flat;
+use crate::train::optim::{Moments, Optimizer, Penalty, Settings, Stepped};
 
 /// How well labels were predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -103,20 +103,12 @@ impl<B: Train> VisionTrainer<B> {
         None
     }
 
-    fn len(&self) -> usize {
-        self.params().map(Param::len).sum()
-    }
-
     /// The values of all parameters, one after another in the order of [`VisionTrainer::params`].
     ///
     /// # Errors
     /// The device's.
     pub fn values(&self) -> Result<Vec<f32>> {
-        let mut all = Vec::with_capacity(self.len());
-        for p in self.params() {
-            all.extend(p.to_host(self.vit.backend())?);
-        }
-        Ok(all)
+        flat::values(self.vit.backend(), self.params())
     }
 
     /// Sets the values of all parameters; the optimiser stays as it is.
@@ -124,13 +116,8 @@ impl<B: Train> VisionTrainer<B> {
     /// # Errors
     /// `Shape` for another number of values; the device's.
     pub fn set_values(&mut self, values: &[f32]) -> Result<()> {
-        ensure!(values.len() == self.len(), Shape, "{} values for {}", values.len(), self.len());
-        let (Self { vit, masters, adapter, .. }, mut rest) = (self, values);
-        for p in params_mut(masters, adapter) {
-            let (own, others) = rest.split_at(p.len());
-            vit.be.upload_acc(p.w.head_mut(own.len()), own)?;
-            rest = others;
-        }
+        let Self { vit, masters, adapter, .. } = self;
+        flat::set_values(&*vit.be, params_mut(masters, adapter), values)?;
         vit.refresh(masters)
     }
 
@@ -149,40 +136,7 @@ impl<B: Train> VisionTrainer<B> {
         vit.refresh(masters)
     }
 
-    /// The gradients accumulated so far, as [`VisionTrainer::values`] lists; 0 for what is frozen.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn gradients(&self) -> Result<Vec<f32>> {
-        let mut all = Vec::with_capacity(self.len());
-        for p in self.params() {
-            let at = all.len();
-            all.resize(at + p.len(), 0.0);
-            if let Some(g) = &p.g {
-                self.vit.backend().download_acc(g.head(p.len()), &mut all[at..])?;
-            }
-        }
-        Ok(all)
-    }
-
-    /// Replaces the gradients of what is not frozen: with those of a penalty added, or clipped.
-    ///
-    /// # Errors
-    /// `Shape` for another number of values; the device's.
-    pub fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
-        ensure!(values.len() == self.len(), Shape, "{} gradients for {} values", values.len(), self.len());
-        let (Self { vit, masters, adapter, .. }, mut rest) = (self, values);
-        for p in params_mut(masters, adapter) {
-            let (own, others) = rest.split_at(p.len());
-            if let Some(g) = &mut p.g {
-                vit.be.upload_acc(g.head_mut(own.len()), own)?;
-            }
-            rest = others;
-        }
-        Ok(())
-    }
-
-    /// The mean loss over examples, and its gradient as [`VisionTrainer::gradients`] lists. Nothing is learnt; gradients that were
+    /// The mean loss over examples, and its gradient as [`VisionTrainer::values`] lists, 0 for what is frozen. Nothing is learnt; gradients that were
     /// accumulated before are lost.
     ///
     /// # Errors
@@ -190,7 +144,7 @@ impl<B: Train> VisionTrainer<B> {
     pub fn gradient(&mut self, examples: &Examples, allowed: &[u32]) -> Result<(Score, Vec<f32>)> {
         self.clear_gradients()?;
         let score = self.accumulate(examples, allowed, 1.0)?;
-        let gradient = self.gradients()?;
+        let gradient = flat::gradients(self.vit.backend(), self.params())?;
         self.clear_gradients()?;
         Ok((score, gradient))
     }
@@ -214,50 +168,31 @@ impl<B: Train> VisionTrainer<B> {
         Ok(stepped)
     }
 
-    /// [`VisionTrainer::update`] with an L1 pull of strength `l1` towards `reference`, which lists all parameters as
-    /// [`VisionTrainer::values`] does: w = r + soft(w - r, rate times l1).
-    ///
-    /// # Errors
-    /// As [`VisionTrainer::update`]; a reference of other values.
-    pub fn update_towards(&mut self, reference: &[f32], l1: f32) -> Result<Stepped> {
-        ensure!(reference.len() == self.len(), Shape, "a reference of {} values for {}", reference.len(), self.len());
-        let Self { vit, masters, adapter, optimizer, .. } = self;
-        let (mut rest, mut references) = (reference, Vec::new());
-        for p in params(masters, adapter) {
-            let (own, others) = rest.split_at(p.len());
-            if p.g.is_some() {
-                let mut r = vit.be.alloc(own.len())?;
-                vit.be.upload_acc(r.head_mut(own.len()), own)?;
-                references.push(r);
-            }
-            rest = others;
-        }
-        let stepped = optimizer.step_towards(&*vit.be, params_mut(masters, adapter), &references, l1)?;
-        vit.refresh(masters)?;
-        Ok(stepped)
-    }
-
     /// One step on the mean loss over examples.
     ///
     /// # Errors
     /// As [`VisionTrainer::accumulate`]; `Diverged` where loss or gradient is not finite: nothing has changed then.
     pub fn step(&mut self, examples: &Examples, allowed: &[u32]) -> Result<VisionStep> {
+        self.step_with(examples, allowed, Penalty::default())
+    }
+
+    /// [`VisionTrainer::step`] with a penalty on the values.
+    ///
+    /// # Errors
+    /// As [`VisionTrainer::accumulate`] and [`Optimizer::conclude`].
+    pub fn step_with(&mut self, examples: &Examples, allowed: &[u32], penalty: Penalty<'_>) -> Result<VisionStep> {
         let score = self.accumulate(examples, allowed, 1.0)?;
-        if !score.loss.is_finite() {
-            self.clear_gradients()?;
-            bail!(Diverged, "step {}: the loss is {}; lower the learning rate", self.steps() + 1, score.loss);
-        }
-        Ok(VisionStep { score, stepped: self.update()? })
+        let Self { vit, masters, adapter, optimizer, .. } = self;
+        let mut params: Vec<_> = params_mut(masters, adapter).collect();
+        let stepped = optimizer.conclude(&*vit.be, &mut params, score.loss, penalty)?;
+        drop(params);
+        vit.refresh(masters)?;
+        Ok(VisionStep { score, stepped })
     }
 
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.optimizer.steps()
-    }
-
-    /// The optimiser's settings.
-    pub fn settings(&self) -> &Settings {
-        self.optimizer.settings()
     }
 
     /// Begins the optimiser anew with the same settings, as between tasks.
@@ -269,37 +204,21 @@ impl<B: Train> VisionTrainer<B> {
         optimizer.restart(&*vit.be, params(masters, adapter))
     }
 
-    /// Begins anew with an optimiser of other settings.
-    ///
-    /// # Errors
-    /// Impossible settings; no memory.
-    pub fn reset_optimizer(&mut self, settings: Settings) -> Result<()> {
-        self.optimizer = Optimizer::new(self.vit.backend(), settings, params(&self.masters, &self.adapter))?;
-        Ok(())
-    }
-
     /// Steps and states of the optimiser, by name.
     ///
     /// # Errors
     /// The device's.
     pub fn moments(&self) -> Result<(u64, Moments)> {
-        let states = self.optimizer.to_host(self.vit.backend(), self.params())?;
-        Ok((self.optimizer.steps(), states.into_iter().map(|(name, _, v)| (name, v)).collect()))
+        self.optimizer.moments(self.vit.backend(), self.params())
     }
 
     /// Sets them.
     ///
     /// # Errors
     /// A state that is missing or of another size.
-    pub fn set_moments(&mut self, steps: u64, states: &[(String, Vec<f32>)]) -> Result<()> {
+    pub fn set_moments(&mut self, steps: u64, moments: &Moments) -> Result<()> {
         let Self { vit, masters, adapter, optimizer, .. } = self;
-        optimizer.restore(&*vit.be, params(masters, adapter), steps, |name, n| {
-            match states.iter().find(|s| s.0 == name) {
-                Some((_, v)) if v.len() == n => Ok(v),
-                Some((_, v)) => bail!(Weights, "{name} has {} values, {n} here", v.len()),
-                None => bail!(Weights, "no state {name} of the optimiser"),
-            }
-        })
+        optimizer.set_moments(&*vit.be, params(masters, adapter), steps, moments)
     }
 
     /// Loss and accuracy; nothing is learnt.
@@ -387,15 +306,9 @@ impl<B: Train> VisionTrainer<B> {
     ///
     /// # Errors
     /// The device's.
-    pub fn clear_gradients(&mut self) -> Result<()> {
+    fn clear_gradients(&mut self) -> Result<()> {
         let Self { vit, masters, adapter, .. } = self;
-        for p in params_mut(masters, adapter) {
-            let n = p.len();
-            if let Some(g) = &mut p.g {
-                vit.be.zero(g.head_mut(n))?;
-            }
-        }
-        Ok(())
+        flat::clear(&*vit.be, params_mut(masters, adapter))
     }
 
     fn download(&self, what: impl Fn(&VitSaved<B>) -> &B::Buf<B::Acc>, n: usize, into: &mut Vec<f32>) -> Result<()> {

@@ -7,8 +7,10 @@ use crate::common;
 use quadriga::backend::Train;
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::continual::language::{Language, LanguageSettings, TextExample, TextStream, TextTask, adapter_layout};
-use quadriga::continual::{Grouped, Learner, Method, Paper, Plan, Released, Route, Sample, Split, State, Stream};
+use quadriga::continual::language::{Language, LanguageSettings, TextExample, TextStream, TextTask};
+use quadriga::continual::{
+    Grouped, Layout, Learner, Method, Paper, Plan, Released, Route, Sample, Split, State, Stream,
+};
 use quadriga::format::Checkpoint;
 use quadriga::model::lora::ModuleSpec;
 use quadriga::model::roles::LayerRole;
@@ -287,7 +289,7 @@ fn places_are_where_values_are() {
         .collect();
     let adapter = Adapter::init(&be, &cfg, &all, 9).unwrap();
     let flat: Vec<f32> = adapter.params().flat_map(|p| p.to_host(&be).unwrap()).collect();
-    let layout = adapter_layout(&adapter);
+    let layout = Layout::of_adapter(&adapter);
     layout.check().unwrap();
     assert_eq!(layout.len, flat.len());
     for (m, values) in layout.modules.iter().zip(adapter.to_host(&be).unwrap()) {
