@@ -102,20 +102,17 @@ pub(super) struct AdaptArgs {
 pub(super) fn run(common: &Common, a: &AdaptArgs) -> Result<()> {
     let run = settings(common, a)?;
     let methods = methods(&run, a)?;
-    let mut steps = StepBar::new();
-    let bar = steps.bar.clone();
+    let bar = StepBar::new().bar;
     let began = std::time::Instant::now();
-    let mut last = began;
     let mut on = |told: Told<'_>| match told {
         Told::Event(task, Event::Began { reused, adapter, .. }) => {
             let how = if *reused { "served as it is by" } else { "learnt with" };
             tracing::info!("{task}: {how} adapter {adapter}");
-            last = std::time::Instant::now();
         }
         Told::Event(task, Event::Step { done, of, loss, .. }) => {
-            let seconds = last.elapsed().as_secs_f64();
-            last = std::time::Instant::now();
-            steps.step(*done, *of, *loss, run.plan.batch as f64 / seconds.max(1e-9), f64::NAN);
+            tracing::info!("{task}: step {done} of {of}: loss {loss:.4}");
+            bar.set_length(*of);
+            bar.set_position(*done);
             bar.set_message(format!("{task}: loss {loss:.3}"));
         }
         Told::Event(_, Event::Finished { .. }) => {}
@@ -149,13 +146,13 @@ pub(super) fn run(common: &Common, a: &AdaptArgs) -> Result<()> {
     out::print("method       average  BWT     learning  adapters  steps   training  search   tests\n")?;
     for one in &all {
         let (m, s, t) = (&one.measures, &one.state, &one.seconds);
-        let adapters = if s.method.routes().is_some() { s.members.len() } else { 1 };
         out::print(&format!(
-            "{:<11} {:6.1} %  {:+6.1}  {:6.1} %  {adapters:8}  {:5}  {:7.1} s  {:6.1} s  {:6.1} s\n",
+            "{:<11} {:6.1} %  {:+6.1}  {:6.1} %  {:8}  {:5}  {:7.1} s  {:6.1} s  {:6.1} s\n",
             s.method.name(),
             100.0 * m.average,
             100.0 * m.bwt,
             100.0 * m.learning,
+            one.adapters(),
             s.steps,
             t.training,
             t.search,

@@ -55,11 +55,6 @@ impl Delta {
     pub fn sparsity(&self) -> f64 {
         if self.len == 0 { 1.0 } else { 1.0 - self.places.len() as f64 / self.len as f64 }
     }
-
-    /// Bytes that it takes, against those of the whole vector.
-    pub fn bytes(&self) -> (usize, usize) {
-        (8 * self.places.len(), 4 * self.len)
-    }
 }
 
 #[cfg(test)]

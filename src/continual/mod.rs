@@ -1,7 +1,8 @@
 //! Continual learning: tasks come one after another, and what was learnt before must stay. TreeLoRA (Qian et al. 2025,
 //! arXiv:2506.10355) in three readings, and the methods that it is compared with.
 //!
-//! Everything here works on flat vectors of an adapter's values through [`Learner`], and knows no model.
+//! A [`Stream`] works on flat vectors of an adapter's values through [`Learner`] and knows no model; [`Language`] and [`Pictures`] are
+//! the learners that do.
 
 mod delta;
 pub mod inflora;

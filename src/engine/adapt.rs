@@ -382,6 +382,11 @@ impl Adapted {
         write_file(&out.join("stream.json"), |to| Ok(serde_json::to_writer_pretty(to, &report)?))
     }
 
+    /// Adapters that serve: one for each group or task where requests are routed, else one.
+    pub fn adapters(&self) -> usize {
+        if self.state.method.routes().is_some() { self.state.members.len() } else { 1 }
+    }
+
     /// All that is worth a table.
     pub fn json(&self) -> serde_json::Value {
         let State { method, plan, members, scores, reports, tree, steps, .. } = &self.state;
@@ -391,7 +396,7 @@ impl Adapted {
         json!({
             "method": method, "plan": plan, "tasks": self.names, "steps": steps, "measures": self.measures,
             "scores": scores.rows, "untrained": scores.untrained,
-            "adapters": if method.routes().is_some() { members.len() } else { 1 }, "groups": groups,
+            "adapters": self.adapters(), "groups": groups,
             "parameters": self.parameters, "seconds": self.seconds, "cached_bytes": self.cached_bytes,
             "reports": reports, "tree": tree.nodes,
         })

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::{EngineOptions, Lora, OnDevice, on_device};
 use crate::backend::{Target, Train};
-use crate::error::{Context, Error, ErrorKind, Result, ensure};
+use crate::error::{Context, Result, ensure};
 use crate::format::Checkpoint;
 use crate::model::{Adapter, Model, Pass, Recompute, Term};
 use crate::rng::Rng;
@@ -74,23 +74,21 @@ impl OnDevice for Job<'_> {
     type Out = Vec<Vec<f64>>;
     fn run<B: Train>(self, be: B, _: &EngineOptions) -> Result<Vec<Vec<f64>>> {
         let Self { checkpoint, what } = self;
-        let mut model = Some(Model::load(std::sync::Arc::new(be), checkpoint, |_, _| {}).context(|| "weights".into())?);
-        let gone = || Error::new(ErrorKind::Usage, "no model");
+        let mut model = Model::load(std::sync::Arc::new(be), checkpoint, |_, _| {}).context(|| "weights".into())?;
         let mut rng = Rng::new(0);
         let rows = what.sequences * what.length;
         let mut all = Vec::new();
         for lever in Lever::ALL {
-            let model_now = model.take().ok_or_else(gone)?;
-            let cfg = model_now.config().clone();
+            let cfg = model.config().clone();
             let tokens: Vec<u32> = (0..rows).map(|_| rng.below(cfg.vocab) as u32).collect();
             let top = if matches!(lever, Lever::Plain | Lever::LabelHead) { 0 } else { what.lora.top_layers };
             let lora = Lora { top_layers: top, ..what.lora.clone() };
-            let mut adapter = Adapter::init(model_now.backend(), &cfg, &lora.modules(&cfg)?, 0)?;
-            adapter.train(model_now.backend(), |_| true)?;
+            let mut adapter = Adapter::init(model.backend(), &cfg, &lora.modules(&cfg)?, 0)?;
+            adapter.train(model.backend(), |_| true)?;
             let cut = adapter.lowest().unwrap_or(0);
             let settings = Settings { lr: 1e-5, ..Settings::default() };
             let trainable = Trainable::Adapter(adapter);
-            let mut trainer = Trainer::new(model_now, trainable, settings, rows, Recompute::default())?;
+            let mut trainer = Trainer::new(model, trainable, settings, rows, Recompute::default())?;
             let last = |r: u32| (r as usize + 1).is_multiple_of(what.length);
             let wanted: Vec<u32> = (0..rows as u32).filter(|&r| lever == Lever::Plain || last(r)).collect();
             let ids: Vec<u32> = wanted.iter().map(|_| rng.below(cfg.vocab) as u32).collect();
@@ -118,7 +116,7 @@ impl OnDevice for Job<'_> {
             }
             seconds.sort_by(f64::total_cmp);
             all.push(seconds);
-            model = Some(trainer.into_parts().0);
+            model = trainer.into_parts().0;
         }
         Ok(all)
     }
