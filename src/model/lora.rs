@@ -153,6 +153,9 @@ pub(crate) struct SiteAdapter<B: Backend> {
 /// A site's adapter, and what it shrank the site's input to.
 pub(crate) type Adapted<'a, B> = (&'a SiteAdapter<B>, In<'a, B, <B as Backend>::Acc>);
 
+/// A linear in its backward: its role, the gradient of its output, and its weight.
+pub(crate) type Backward<'a, B> = (LayerRole, In<'a, B, <B as Backend>::Acc>, &'a <B as Backend>::Weight);
+
 /// A LoRA adapter on a device.
 pub struct Adapter<B: Backend> {
     pub(super) layers: Vec<[Option<SiteAdapter<B>>; 4]>,
@@ -391,7 +394,7 @@ impl<B: Train> SiteAdapter<B> {
     pub(crate) fn linears_backward<'a, const N: usize>(
         be: &B,
         site: Option<&mut Self>,
-        linears: [(LayerRole, In<'a, B, B::Acc>, &'a B::Weight); N],
+        linears: [Backward<'a, B>; N],
         x: In<'_, B, B::Act>,
         h: &B::Buf<B::Acc>,
         dh: &mut B::Buf<B::Acc>,
