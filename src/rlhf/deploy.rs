@@ -86,7 +86,7 @@ pub fn deploy(reward: &OnePass, answers: &[f64], beta: f64, second: Second, rng:
         Second::Optimistic => Some(argmax(&scores)).filter(|&j| scores[j] > scores[first]),
         Second::Forced => (0..k).filter(|&j| j != first).reduce(|a, j| if scores[j] > scores[a] { j } else { a }),
         Second::Runnerup => others.first().copied(),
-        Second::Worst => others.last().copied(),
+        Second::Worst => (0..k).filter(|&j| j != first).reduce(|a, j| if rewards[j] < rewards[a] { j } else { a }),
         Second::Rank(rank) => {
             ensure!(rank > 1, Usage, "a second answer of rank {rank}: 2 is the best beside the first");
             others.get(rank - 2).or(others.last()).copied()
