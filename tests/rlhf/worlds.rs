@@ -1,4 +1,5 @@
 //! The synthetic worlds of the specification, from a generator that any language can write down.
+#![allow(dead_code)]
 
 /// SplitMix64 by counter.
 pub struct Stream {
