@@ -25,6 +25,7 @@ pub mod format;
 pub mod model;
 pub mod online;
 pub mod perf;
+pub mod rlhf;
 pub mod rng;
 pub mod speculative;
 pub mod tensor;

@@ -1,0 +1,3 @@
+//! Learning what is preferred, online.
+
+pub mod judge;
