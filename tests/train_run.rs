@@ -57,31 +57,11 @@ fn bytes(p: &Path) -> Vec<u8> {
     std::fs::read(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()))
 }
 
-/// Killed at some moment, again and again, and resumed each time: the adapter and the curve are those of a run in one piece.
-#[test]
-fn a_killed_run_ends_with_the_same_bits() {
-    let dir = tempfile::tempdir().unwrap();
-    let (data, tiny) = (data(dir.path()), model("tiny-llama"));
-    let args = |out: &Path| {
-        let out = text(out).to_owned();
-        let list =
-            ["-m", text(&tiny), "train", "lora", "--data", text(&data), "--held-out", text(&data), "--out", &out];
-        let more = ["--steps", "60", "--batch-tokens", "256", "--accumulate", "2", "--lr", "0.01", "--save-every", "3"];
-        let rest = ["--eval-every", "20", "--schedule", "cosine", "--warmup", "5", "--seed", "9", "--resume", "--json"];
-        list.iter().chain(&more).chain(&rest).map(|s| s.to_string()).collect::<Vec<_>>()
-    };
-    let whole = dir.path().join("whole");
-    let list = args(&whole);
-    let result = json(&run(&list.iter().map(String::as_str).collect::<Vec<_>>()));
-    let (before, after) = (result["held_out_before"].as_f64().unwrap(), result["held_out_after"].as_f64().unwrap());
-    assert!(after < 0.5 * before, "the loss went from {before} to {after}");
-
-    let broken = dir.path().join("broken");
-    let list = args(&broken);
-    let list: Vec<&str> = list.iter().map(String::as_str).collect();
+/// Runs the command, kills it at some moment, again and again, each time later, until it comes to its end.
+fn run_and_kill(list: &[&str]) {
     let (mut kills, start) = (0, Instant::now());
     loop {
-        let mut child = quadriga(&list).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = quadriga(list).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // Longer each time, so that it comes to an end.
         let until = Instant::now() + Duration::from_millis(150 + 60 * kills);
         let status = loop {
@@ -108,9 +88,130 @@ fn a_killed_run_ends_with_the_same_bits() {
     }
     println!("killed {kills} times");
     assert!(kills > 0, "it was done before it could be killed");
+}
+
+/// Killed at some moment, again and again, and resumed each time: the adapter and the curve are those of a run in one piece.
+#[test]
+fn a_killed_run_ends_with_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, tiny) = (data(dir.path()), model("tiny-llama"));
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let args = |out| {
+        let list = ["-m", text(&tiny), "train", "lora", "--data", text(&data), "--held-out", text(&data), "--out", out];
+        let more = ["--steps", "60", "--batch-tokens", "256", "--accumulate", "2", "--lr", "0.01", "--save-every", "3"];
+        let rest = ["--eval-every", "20", "--schedule", "cosine", "--warmup", "5", "--seed", "9", "--resume", "--json"];
+        [&list[..], &more, &rest].concat()
+    };
+    let result = json(&run(&args(text(&whole))));
+    let (before, after) = (result["held_out_before"].as_f64().unwrap(), result["held_out_after"].as_f64().unwrap());
+    assert!(after < 0.5 * before, "the loss went from {before} to {after}");
+    run_and_kill(&args(text(&broken)));
     for file in ["adapter/adapter_model.safetensors", "loss.csv"] {
-        assert!(bytes(&whole.join(file)) == bytes(&broken.join(file)), "{file} differs after {kills} kills");
+        assert!(bytes(&whole.join(file)) == bytes(&broken.join(file)), "{file} differs after kills");
     }
+}
+
+/// Answers to the questions of [`data`], of which those that count are liked better, and others of the same kind that are not learnt from.
+fn preferences(dir: &Path) -> [PathBuf; 2] {
+    let animals = ["cat", "dog", "owl", "fox", "bee"];
+    let row = |i: usize| {
+        let (a, n) = (animals[i % 5], i % 7);
+        serde_json::json!({
+            "prompt": format!("How many legs have {n} of {a}?"),
+            "chosen": format!("The {a} counts {n}."),
+            "rejected": format!("I do not know the {a}."),
+        })
+    };
+    let write = |name: &str, rows: std::ops::Range<usize>| {
+        let path = dir.join(name);
+        std::fs::write(&path, rows.map(|i| format!("{}\n", row(i))).collect::<String>()).unwrap();
+        path
+    };
+    [write("pairs.jsonl", 0..24), write("dev.jsonl", 24..35)]
+}
+
+#[test]
+fn preferences_are_learnt_and_a_killed_run_ends_with_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let ([pairs, dev], tiny) = (preferences(dir.path()), model("tiny-llama"));
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let args = |out| {
+        let list = ["-m", text(&tiny), "train", "dpo", "--data", text(&pairs), "--held-out", text(&dev), "--out", out];
+        let more =
+            ["--steps", "40", "--batch-tokens", "512", "--accumulate", "2", "--lr", "0.005", "--save-every", "3"];
+        let rest = ["--eval-every", "15", "--top-layers", "2", "--beta", "0.2", "--seed", "9", "--resume", "--json"];
+        [&list[..], &more, &rest].concat()
+    };
+    let result = json(&run(&args(text(&whole))));
+    let number = |v: &Value| v.as_f64().unwrap_or_else(|| panic!("{result}"));
+    let (before, after, held_out) = (&result["held_out_before"], &result["held_out_after"], &result["held_out"]);
+    assert!((number(before) - std::f64::consts::LN_2).abs() < 1e-6 && number(after) < 0.35, "{result}");
+    assert_eq!((&held_out["loss"], &held_out["pairs"], &held_out["accuracy"]), (after, &11.into(), &1.0.into()));
+    let (chosen, rejected) = (number(&held_out["log_ratio_chosen"]), number(&held_out["log_ratio_rejected"]));
+    assert!((number(&held_out["margin"]) - 0.2 * (chosen - rejected)).abs() < 1e-9 && chosen > rejected + 1.0);
+    assert!((number(&held_out["kl"]) + (chosen + rejected) / 2.0).abs() < 1e-9);
+
+    run_and_kill(&args(text(&broken)));
+    let weights = "adapter/adapter_model.safetensors";
+    for file in [weights, "loss.csv"] {
+        assert!(bytes(&whole.join(file)) == bytes(&broken.join(file)), "{file} differs after kills");
+    }
+    // A run that is over says what it said, and its settings make the same run.
+    let over = json(&run(&args(text(&broken))));
+    assert_eq!((&over["held_out"], &over["loss"]), (held_out, &result["loss"]));
+    let again = dir.path().join("again");
+    let config = whole.join("run.json");
+    json(&run(&["-m", text(&tiny), "train", "dpo", "--config", text(&config), "--out", text(&again), "--json"]));
+    assert!(bytes(&whole.join(weights)) == bytes(&again.join(weights)));
+
+    let adapter = whole.join("adapter");
+    let said = ["-m", text(&tiny), "generate", "How many legs have 3 of fox?", "-n", "12", "--json"];
+    let (plain, learnt) = (json(&run(&said)), json(&run(&[&said[..], &["--adapter", text(&adapter)]].concat())));
+    assert_ne!(plain["ids"], learnt["ids"]);
+    assert!(whole.join("loss.svg").is_file());
+}
+
+#[test]
+fn bad_preferences_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let ([good, dev], tiny, out) = (preferences(dir.path()), model("tiny-llama"), dir.path().join("out"));
+    let base = ["-m", text(&tiny), "train", "dpo", "--out", text(&out), "--data"];
+    let refuse = |data: &str, more: &[&str], words: &[&str]| {
+        refused(&run(&[&base[..], &[data], more].concat()), words);
+        assert!(!out.exists(), "{words:?}: something was written");
+    };
+    let row = "{\"prompt\": \"p\", \"chosen\": \"one\", \"rejected\": \"two\"}\n";
+    let bad = |second: &str, words: &[&str]| {
+        let path = dir.path().join("bad.jsonl");
+        std::fs::write(&path, format!("{row}{second}\n{row}")).unwrap();
+        refuse(text(&path), &[], &[&["bad.jsonl", "line 2"], words].concat());
+        refuse(text(&good), &["--held-out", text(&path)], &[&["bad.jsonl", "line 2"], words].concat());
+    };
+    bad("{\"prompt\": \"p\", \"chosen\": \"one\"}", &["\"rejected\" is missing"]);
+    bad("{\"chosen\": \"one\", \"rejected\": \"two\"}", &["\"prompt\" is missing"]);
+    bad("{\"prompt\": 1, \"chosen\": \"one\", \"rejected\": \"two\"}", &["\"prompt\"", "a number"]);
+    bad("{\"prompt\": \"p\", \"chosen\": \" \", \"rejected\": \"two\"}", &["\"chosen\" is empty"]);
+    bad("{\"prompt\": \"p\", \"chosen\": \"one\", \"rejected\": \"\"}", &["\"rejected\" is empty"]);
+    bad("{\"prompt\": \"p\", \"chosen\": \"one\", \"rejected\": \"one\"}", &["are the same"]);
+    bad("{\"prompt\": \"p\"", &["not JSON"]);
+    bad("", &["blank"]);
+    refuse(text(&good), &["--max-length", "12"], &["pairs.jsonl", "line 1", "--long-rows"]);
+    refuse(text(&good), &["--max-length", "12", "--long-rows", "skip"], &["pairs.jsonl", "no row"]);
+    refuse("notes.txt", &[], &["notes.txt", ".jsonl"]);
+    refuse(text(&dir.path().join("none.jsonl")), &[], &["none.jsonl"]);
+    refuse(text(&good), &["--beta", "0"], &["beta = 0"]);
+    refuse(text(&good), &["--rank", "0"], &["rank 0"]);
+    refuse(text(&good), &["--adapter", "somewhere"], &["--adapter"]);
+    let config = dir.path().join("run.json");
+    std::fs::write(&config, "{\"data\": \"x\", \"raw\": true}").unwrap();
+    refuse(text(&good), &["--config", text(&config), "--chat"], &["raw", "chat"]);
+    std::fs::write(&config, "{\"data\": \"x\", \"method\": \"full\"}").unwrap();
+    refuse(text(&good), &["--config", text(&config)], &["run.json", "method"]);
+    // A run goes on with the settings that it had.
+    let args = [&base[..], &[text(&good), "--steps", "2", "--held-out", text(&dev)]].concat();
+    json(&run(&[&args[..], &["--json"]].concat()));
+    refused(&run(&args), &["--resume"]);
+    refused(&run(&[&args[..], &["--resume", "--beta", "0.3"]].concat()), &["other settings"]);
 }
 
 #[test]

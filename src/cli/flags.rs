@@ -127,6 +127,8 @@ pub(super) enum Train {
     /// An EAGLE-3 draft head: the model answers prompts, the head learns from what it said; result: OUT/draft, in the published
     /// layout.
     Draft(TrainDraftArgs),
+    /// A low-rank adapter that prefers the chosen of two answers to the rejected one (DPO); result: OUT/adapter, a PEFT folder.
+    Dpo(super::train_dpo::DpoArgs),
     /// A masked diffusion model, from one or from an autoregressive model; result: OUT/model, or OUT/adapter.
     Diffusion(super::train_diffusion::TrainDiffusionArgs),
 }

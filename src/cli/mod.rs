@@ -24,6 +24,7 @@ mod out;
 pub mod registry;
 mod train;
 mod train_diffusion;
+mod train_dpo;
 mod train_draft;
 mod train_head;
 
@@ -78,6 +79,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Train::Lora(a) => train::lora(common, a),
             Train::Full(a) => train::full(common, a),
             Train::Draft(a) => train_draft::run(common, a),
+            Train::Dpo(a) => train_dpo::run(common, a),
             Train::Diffusion(a) => train_diffusion::masked(common, a),
         },
         Command::Adapt(a) => adapt::run(common, a),

@@ -1,5 +1,6 @@
 //! `quadriga train`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -45,6 +46,13 @@ pub(super) fn named<T: DeserializeOwned>(flag: &str, word: &Option<String>, to: 
         *to = parsed.map_err(|e| Error::new(ErrorKind::Usage, format!("{flag} {word}: {e}")))?;
     }
     Ok(())
+}
+
+/// Settings as an earlier run wrote them.
+pub(super) fn config<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read(path).map_err(|e| Error::io(path.display(), e))?;
+    let parsed = serde_json::from_slice(&text);
+    parsed.map_err(|e| Error::new(ErrorKind::Usage, e.to_string())).context(|| path.display().to_string())
 }
 
 /// Length, rhythm and optimiser of a run of any kind.
@@ -163,11 +171,7 @@ impl TrainArgs {
 
 fn settings(a: &TrainArgs, common: &Common, method: impl FnOnce() -> Method) -> Result<TrainRun> {
     let mut run = match &a.config {
-        Some(path) => {
-            let text = std::fs::read(path).map_err(|e| Error::io(path.display(), e))?;
-            let parsed = serde_json::from_slice(&text);
-            parsed.map_err(|e| Error::new(ErrorKind::Usage, e.to_string())).context(|| path.display().to_string())?
-        }
+        Some(path) => config(path)?,
         None => {
             let mut run = json!({"method": method(), "data": a.data});
             run["plan"] = json!({"seed": common.seed});

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::flags::{Common, TrainArgs};
 use super::out;
-use super::train::{StepBar, named, set};
+use super::train::{StepBar, config, named, set};
 use crate::engine::{Convert, DiffusionRun, DistillSettings, Learn, Lora, MaskedSettings, Method};
-use crate::error::{Context, Error, ErrorKind, Result, bail};
+use crate::error::{Error, ErrorKind, Result, bail};
 use crate::format::Checkpoint;
 use crate::train::run::Event;
 
@@ -146,11 +146,7 @@ pub(super) fn distill(common: &Common, args: &DistillArgs) -> Result<()> {
 fn settings(common: &Common, args: &SharedArgs, learn: Learn) -> Result<DiffusionRun> {
     let a = &args.train;
     let mut run: DiffusionRun = match &a.config {
-        Some(path) => {
-            let text = std::fs::read(path).map_err(|e| Error::io(path.display(), e))?;
-            let parsed = serde_json::from_slice(&text);
-            parsed.map_err(|e| Error::new(ErrorKind::Usage, e.to_string())).context(|| path.display().to_string())?
-        }
+        Some(path) => config(path)?,
         None => {
             let run = json!({"method": Method::Full, "data": a.data, "learn": learn, "plan": {"seed": common.seed}});
             serde_json::from_value(run).map_err(|e| Error::with_source(ErrorKind::Usage, "settings of the run", e))?

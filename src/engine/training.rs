@@ -139,15 +139,18 @@ impl Default for DataSettings {
 }
 
 impl DataSettings {
-    pub(super) fn load(&self, path: &Path, texts: &Texts) -> Result<Dataset> {
-        let pairs = if self.chat { Pairs::Chat } else { Pairs::Plain };
-        let options = Options {
+    pub(super) fn options(&self, pairs: Pairs) -> Options {
+        Options {
             max_tokens: self.max_length,
             long_rows: self.long_rows,
             append_eos: self.eos,
             pairs,
             ..Options::default()
-        };
+        }
+    }
+
+    pub(super) fn load(&self, path: &Path, texts: &Texts) -> Result<Dataset> {
+        let options = self.options(if self.chat { Pairs::Chat } else { Pairs::Plain });
         let mut set = Dataset::load(path, texts, &options)?;
         if self.limit > 0 {
             set.examples.truncate(self.limit);

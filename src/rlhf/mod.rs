@@ -11,6 +11,7 @@ mod cg;
 mod deploy;
 mod hvp;
 mod inverse;
+pub mod judge;
 mod link;
 mod mle;
 mod one_pass;

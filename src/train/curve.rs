@@ -16,7 +16,7 @@ pub struct Point {
     pub step: u64,
     /// Tokens seen until then.
     pub tokens: f64,
-    /// Mean loss of the step, nats per label.
+    /// Mean loss of the step, nats: per label, or per pair of answers.
     pub loss: f64,
     /// Learning rate.
     pub lr: f64,
@@ -86,7 +86,7 @@ impl Curve {
         let smooth = self.smooth((raw.len() as f64 / 40.0).max(1.0));
         let dots: Vec<(f64, f64)> =
             self.held_out.iter().map(|&(s, l)| (s as f64, l)).filter(|p| p.1.is_finite()).collect();
-        let mut chart = Chart::new(title, "step", "loss, nats per token");
+        let mut chart = Chart::new(title, "step", "loss, nats");
         if !raw.is_empty() {
             chart.line("each step", "#9bb8d9", 1.0, raw);
             chart.line("smoothed", "#1f4e8c", 2.5, smooth);

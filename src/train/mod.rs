@@ -7,6 +7,7 @@ pub mod data;
 pub(crate) mod flat;
 pub mod objective;
 pub mod optim;
+pub mod preference;
 pub mod run;
 pub mod schedule;
 mod trainer;

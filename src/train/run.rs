@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::curve::{Curve, Point};
-use super::{Batch, Batches, Checkpoint, Example, Packing, Report, Trainer};
+use super::data::Row;
+use super::{Batch, Batches, Checkpoint, Packing, Report, Trainer};
 use crate::backend::Train;
 use crate::error::{Context, Error, ErrorKind, Result, ensure};
 
@@ -74,7 +75,8 @@ impl Plan {
         ((self.epochs * batches as f64 / self.accumulate as f64).ceil() as u64).max(1)
     }
 
-    fn packing(&self) -> Packing {
+    /// What its passes hold.
+    pub fn packing(&self) -> Packing {
         Packing { rows: self.batch_tokens, sequences: self.batch_tokens }
     }
 
@@ -82,7 +84,7 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Batches::new`].
-    pub fn batches(&self, examples: &[Example]) -> Result<usize> {
+    pub fn batches<R: Row>(&self, examples: &[R]) -> Result<usize> {
         Ok(Batches::new(examples, self.packing(), Some(self.seed), Default::default())?.in_epoch())
     }
 }
@@ -149,11 +151,11 @@ impl<B: Train> Objective<B> for NextToken {
 /// # Errors
 /// `Diverged` where loss or gradient is not finite: the last checkpoint stays. Whatever the device or the disk says.
 #[allow(clippy::too_many_arguments)]
-pub fn run<B: Train>(
+pub fn run<B: Train, R: Row>(
     trainer: &mut Trainer<B>,
     objective: &mut dyn Objective<B>,
-    examples: &[Example],
-    held_out: &[Example],
+    examples: &[R],
+    held_out: &[R],
     plan: &Plan,
     dir: &Path,
     settings: &serde_json::Value,
@@ -180,7 +182,7 @@ pub fn run<B: Train>(
     }
     let mut batches = Batches::new(examples, plan.packing(), Some(plan.seed), cursor)?;
     let total = plan.total(batches.in_epoch());
-    let held_out = held_out_batches(held_out, plan)?;
+    let held_out = Batches::once(held_out, plan.packing())?;
     let mut run = Run { trainer, objective, plan, dir, settings, curve, held_out };
     if run.trainer.steps() == 0 {
         run.measure(on)?;
@@ -226,15 +228,6 @@ pub fn run<B: Train>(
     out.held_out = curve.held_out.first().zip(curve.held_out.last()).map(|(a, b)| [a.1, b.1]);
     (out.steps, out.tokens) = (steps, tokens);
     Ok(out)
-}
-
-fn held_out_batches(examples: &[Example], plan: &Plan) -> Result<Vec<Batch>> {
-    if examples.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut batches = Batches::new(examples, plan.packing(), None, Default::default())?;
-    let n = batches.in_epoch();
-    Ok(batches.by_ref().take(n).collect())
 }
 
 struct Run<'a, B: Train> {

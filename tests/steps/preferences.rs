@@ -1,5 +1,7 @@
 //! What rejected steps teach.
 
+use quadriga::train::preference::Pairs;
+
 use super::*;
 
 pub fn pairs() -> Vec<Preference> {
@@ -32,6 +34,10 @@ fn lora(lr: f32) -> Trainer<Naive> {
     trainer(model, Trainable::Adapter(adapter), lr)
 }
 
+fn one(t: &Trainer<Naive>, p: &Preference) -> Pairs {
+    Pairs::new(t.model().config(), &Batch::new([p])).unwrap()
+}
+
 fn gradient(t: &Trainer<Naive>) -> Vec<f64> {
     t.trainable().params().flat_map(|p| p.g.as_ref().unwrap().head(p.len()).to_vec()).collect()
 }
@@ -42,12 +48,12 @@ fn the_gradient_at_the_reference_is_that_of_the_two_answers() {
     for make in [full, lora] {
         for p in pairs() {
             let mut t = make(1e-3);
-            let pair = Pair::new(t.model().config(), &p).unwrap();
-            let now = pair.log_probs(&mut t).unwrap();
-            let answers = quadriga::train::objective::Answers { policy: now, reference: now };
-            let (loss, by) = quadriga::train::objective::dpo(&answers, beta);
+            let pair = one(&t, &p);
+            let now = pair.log_probs(&mut t).unwrap()[0];
+            let answers = pair.accumulate(&mut t, &[now], beta, 1.0).unwrap();
+            assert_eq!(answers[0].policy, now);
+            let (loss, _) = quadriga::train::objective::dpo(&answers[0], beta);
             assert!((loss - std::f64::consts::LN_2).abs() < 1e-12);
-            pair.accumulate(&mut t, by).unwrap();
             let got = gradient(&t);
             // Of the mean cross-entropy of each answer, as plain fine-tuning has it.
             let alone = |answer: &[u32]| {
@@ -76,7 +82,7 @@ fn the_gradient_at_the_reference_is_that_of_the_two_answers() {
 /// How much more likely the chosen answers are than the rejected ones, in sum, and they alone.
 fn margins(t: &mut Trainer<Naive>) -> [f64; 2] {
     let of = |p: &Preference| {
-        let [chosen, rejected] = Pair::new(t.model().config(), p).unwrap().log_probs(t).unwrap();
+        let [chosen, rejected] = one(t, p).log_probs(t).unwrap()[0];
         [chosen - rejected, chosen]
     };
     pairs().iter().map(of).fold([0.0; 2], |[a, b], [c, d]| [a + c, b + d])

@@ -17,7 +17,9 @@ mod writer;
 pub use chain::StepChain;
 pub use decoder::{StepCounts, StepDecoder, StepSettings};
 pub use judge::{Case, Exact, Judge, Prompted, Similarity};
-pub use preferences::{Dpo, Learned, Pair, Preference, Preferences, learn_chosen, learn_preferences};
+pub use preferences::{Dpo, Learned, Preferences, learn_chosen, learn_preferences};
+
+pub use crate::train::data::Preference;
 
 /// What the tokens of a step so far come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

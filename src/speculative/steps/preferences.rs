@@ -1,25 +1,14 @@
-//! What rejected steps teach: [`Preferences`], and direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) of a draft
-//! against itself at the beginning of the chunk.
+//! What rejected steps teach: [`Preferences`] for the target's own steps before the draft's, and direct preference optimisation
+//! ([`train::preference`](crate::train::preference)) of a draft against itself at the beginning of the chunk.
 
 use std::collections::VecDeque;
 
-use crate::backend::{Target, Train};
+use crate::backend::Train;
 use crate::error::{Result, ensure};
-use crate::model::{ModelConfig, Pass};
-use crate::train::objective::{Answers, dpo};
+use crate::train::data::{Preference, Row};
 use crate::train::optim::Kind;
-use crate::train::{Batch, Example, Settings, Trainer};
-
-/// One rejected step.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Preference {
-    /// The text before the step.
-    pub prompt: Vec<u32>,
-    /// The target's own step.
-    pub chosen: Vec<u32>,
-    /// The draft's.
-    pub rejected: Vec<u32>,
-}
+use crate::train::preference::{LogProbs, Pairs, dpo_step, reference};
+use crate::train::{Batch, Example, Packing, Settings, Trainer};
 
 /// The latest rejected steps: where there is no more room the oldest goes.
 #[derive(Clone, Debug)]
@@ -106,67 +95,12 @@ pub struct Learned {
     pub updates: u64,
 }
 
-/// A preference as one training pass: the prompt with the chosen answer, and with the rejected one.
-pub struct Pair {
-    pass: Pass,
-    ids: Vec<u32>,
-    chosen: usize,
-}
-
-impl Pair {
-    /// For a model of this configuration.
-    ///
-    /// # Errors
-    /// A prompt or an answer without tokens; tokens outside the vocabulary.
-    pub fn new(cfg: &ModelConfig, preference: &Preference) -> Result<Self> {
-        let Preference { prompt, chosen, rejected } = preference;
-        let whole = ![prompt, chosen, rejected].into_iter().any(Vec::is_empty);
-        ensure!(whole, Usage, "a preference needs a prompt and two answers");
-        let (mut tokens, mut rows, mut lens) = (Vec::new(), Vec::new(), Vec::new());
-        for answer in [chosen, rejected] {
-            let first = tokens.len() + prompt.len() - 1;
-            rows.extend((first..first + answer.len()).map(|r| r as u32));
-            tokens.extend(prompt.iter().chain(answer));
-            lens.push(prompt.len() + answer.len());
-        }
-        let pass = Pass::causal(cfg, tokens, &lens, rows)?;
-        Ok(Self { pass, ids: [&chosen[..], rejected].concat(), chosen: chosen.len() })
-    }
-
-    /// Log-probabilities of the chosen and of the rejected answer under what `trainer` holds now, nats.
-    ///
-    /// # Errors
-    /// `Diverged` where they are not finite; a pair that is longer than the trainer's passes.
-    pub fn log_probs<B: Train>(&self, trainer: &mut Trainer<B>) -> Result<[f64; 2]> {
-        let losses = self.run(trainer, [0.0; 2], false)?;
-        let (chosen, rejected) = losses.split_at(self.chosen);
-        let both = [chosen, rejected].map(|l| -l.iter().sum::<f64>());
-        ensure!(both.iter().all(|l| l.is_finite()), Diverged, "the answers' log-probabilities are {both:?}");
-        Ok(both)
-    }
-
-    /// Adds to the trainer's gradients that of a loss with these derivatives by the two log-probabilities.
-    ///
-    /// # Errors
-    /// As [`Pair::log_probs`], without the check.
-    pub fn accumulate<B: Train>(&self, trainer: &mut Trainer<B>, by: [f64; 2]) -> Result<()> {
-        self.run(trainer, by, true).map(|_| ())
-    }
-
-    fn run<B: Train>(&self, trainer: &mut Trainer<B>, by: [f64; 2], grad: bool) -> Result<Vec<f64>> {
-        // Rows have cross-entropies, which are the log-probabilities' negatives.
-        let weight = |i: usize| -by[usize::from(i >= self.chosen)] as f32;
-        let weights: Vec<f32> = (0..self.ids.len()).map(weight).collect();
-        trainer.accumulate(&self.pass, |r| Target::Hard(&self.ids[r]), &weights, grad)
-    }
-}
-
 /// Learns a chunk's preferences by direct preference optimisation. The reference is what the trainer holds at the call, the weights
 /// of the chunk's beginning where nothing was learnt since: of it only the log-probabilities are kept.
 ///
 /// # Errors
 /// `Diverged` where losses or gradients are not finite: the update that they would have been is not done, those before it are.
-/// Impossible settings; as [`Pair::new`] and [`Pair::log_probs`].
+/// Impossible settings; as [`reference()`].
 pub fn learn_preferences<B: Train>(
     trainer: &mut Trainer<B>,
     preferences: &[Preference],
@@ -174,27 +108,21 @@ pub fn learn_preferences<B: Train>(
 ) -> Result<Learned> {
     settings.validate()?;
     let mut learned = Learned::default();
-    let of = |p: &Preference| Pair::new(trainer.model().config(), p);
-    let pairs = preferences.iter().map(of).collect::<Result<Vec<_>>>()?;
-    let reference = pairs.iter().map(|p| p.log_probs(trainer)).collect::<Result<Vec<_>>>()?;
-    let both: Vec<_> = pairs.iter().zip(&reference).collect();
-    for _ in 0..if pairs.is_empty() { 0 } else { settings.epochs } {
+    if preferences.is_empty() {
+        return Ok(learned);
+    }
+    // A pass for each pair: a trainer has room for one.
+    let longest = preferences.iter().map(Row::tokens).max().unwrap_or(0);
+    let reference = reference(trainer, preferences, Packing { rows: longest, sequences: 1 }, &mut |_, _| {})?;
+    let of = |(p, r): (&Preference, &LogProbs)| Ok((Pairs::new(trainer.model().config(), &Batch::new([p]))?, vec![*r]));
+    let passes = preferences.iter().zip(&reference).map(of).collect::<Result<Vec<_>>>()?;
+    for _ in 0..settings.epochs {
         let mut total = 0.0;
-        for batch in both.chunks(settings.batch) {
-            // All values first: nothing is accumulated where one of them is not finite.
-            let mut by = Vec::with_capacity(batch.len());
-            for &(pair, &reference) in batch {
-                let (loss, slopes) = dpo(&Answers { policy: pair.log_probs(trainer)?, reference }, settings.beta);
-                total += loss;
-                by.push(slopes.map(|s| s / batch.len() as f64));
-            }
-            for ((pair, _), by) in batch.iter().zip(by) {
-                pair.accumulate(trainer, by)?;
-            }
-            trainer.update()?;
+        for batch in passes.chunks(settings.batch) {
+            total += dpo_step(trainer, batch, settings.beta)?.loss * batch.len() as f64;
             learned.updates += 1;
         }
-        learned.losses.push(total / pairs.len() as f64);
+        learned.losses.push(total / passes.len() as f64);
     }
     Ok(learned)
 }

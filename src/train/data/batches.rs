@@ -29,6 +29,25 @@ pub struct Cursor {
     pub position: u64,
 }
 
+/// What a batch takes whole: one sequence, or several that stay together.
+pub trait Row {
+    /// Tokens of all its sequences.
+    fn tokens(&self) -> usize;
+
+    /// Puts its sequences behind those of `batch`.
+    fn add_to(&self, batch: &mut Batch);
+}
+
+impl Row for Example {
+    fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    fn add_to(&self, batch: &mut Batch) {
+        batch.push(&self.tokens, |i| self.loss[i]);
+    }
+}
+
 /// Several sequences, one after another; a row for each token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -43,17 +62,20 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// The sequences of `examples` in their order.
-    pub fn new<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+    /// The sequences of `rows` in their order.
+    pub fn new<'a, R: Row + 'a>(rows: impl IntoIterator<Item = &'a R>) -> Self {
         let mut batch = Self::default();
-        for e in examples {
-            let first = batch.tokens.len();
-            let labels = (1..e.tokens.len()).filter(|&i| e.loss[i]);
-            batch.labels.extend(labels.map(|i| ((first + i - 1) as u32, e.tokens[i])));
-            batch.tokens.extend(&e.tokens);
-            batch.lens.push(e.tokens.len());
-        }
+        rows.into_iter().for_each(|r| r.add_to(&mut batch));
         batch
+    }
+
+    /// One more sequence, of which the tokens at the places that `learnt` names are labels; the first never is.
+    pub fn push(&mut self, tokens: &[u32], learnt: impl Fn(usize) -> bool) {
+        let first = self.tokens.len();
+        let labels = (1..tokens.len()).filter(|&i| learnt(i));
+        self.labels.extend(labels.map(|i| ((first + i - 1) as u32, tokens[i])));
+        self.tokens.extend(tokens);
+        self.lens.push(tokens.len());
     }
 }
 
@@ -150,19 +172,32 @@ impl Iterator for Order {
 }
 
 /// The endless sequence of batches of a run.
-pub struct Batches<'a> {
-    examples: &'a [Example],
+pub struct Batches<'a, R = Example> {
+    rows: &'a [R],
     order: Order,
 }
 
-impl<'a> Batches<'a> {
-    /// Batches of `examples` from `cursor` on, in the [`Order`] of a seed.
+impl<'a, R: Row> Batches<'a, R> {
+    /// Batches of `rows` from `cursor` on, in the [`Order`] of a seed.
     ///
     /// # Errors
     /// As [`Order::new`].
-    pub fn new(examples: &'a [Example], limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
-        let lens = examples.iter().map(|e| e.tokens.len()).collect();
-        Ok(Self { examples, order: Order::new(lens, limits, seed, cursor)? })
+    pub fn new(rows: &'a [R], limits: Packing, seed: Option<u64>, cursor: Cursor) -> Result<Self> {
+        let lens = rows.iter().map(Row::tokens).collect();
+        Ok(Self { rows, order: Order::new(lens, limits, seed, cursor)? })
+    }
+
+    /// Every row once, in the order given.
+    ///
+    /// # Errors
+    /// As [`Order::new`]; nothing is wrong with no rows.
+    pub fn once(rows: &'a [R], limits: Packing) -> Result<Vec<Batch>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let batches = Self::new(rows, limits, None, Cursor::default())?;
+        let n = batches.in_epoch();
+        Ok(batches.take(n).collect())
     }
 
     /// The place of the next batch.
@@ -176,13 +211,13 @@ impl<'a> Batches<'a> {
     }
 }
 
-impl Iterator for Batches<'_> {
+impl<R: Row> Iterator for Batches<'_, R> {
     type Item = Batch;
 
     /// Never `None`.
     fn next(&mut self) -> Option<Batch> {
         let batch = self.order.next()?;
-        let sequences = Batch::new(batch.iter().map(|&i| &self.examples[i]));
+        let sequences = Batch::new(batch.iter().map(|&i| &self.rows[i]));
         Some(Batch { ids: batch, ..sequences })
     }
 }

@@ -5,19 +5,21 @@
 
 mod batches;
 mod files;
+mod preferences;
 mod record;
 mod tokens;
 
 use std::path::Path;
 
-pub use batches::{Batch, Batches, Cursor, Order, Packing, pack};
+pub use batches::{Batch, Batches, Cursor, Order, Packing, Row, pack};
 pub use files::{for_each_line, is_lines, read_all};
+pub use preferences::{Preference, PreferenceText, preferences};
 pub use record::{Content, Header, Record, Turn};
 pub use tokens::{Encode, example};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, ErrorKind, Result, bail, ensure};
+use crate::error::{Context, Error, ErrorKind, Result, ensure};
 
 /// A sequence of tokens and which of them are labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,11 +123,7 @@ impl Dataset {
         let (n, most) = (example.tokens.len(), options.max_tokens);
         if n > most {
             match options.long_rows {
-                LongRows::Error => bail!(
-                    Usage,
-                    "{n} tokens, more than the limit of {most}; --long-rows truncate cuts such rows, --long-rows skip \
-                     leaves them out"
-                ),
+                LongRows::Error => return Err(too_long(n, most)),
                 LongRows::Skip => {
                     self.skipped += 1;
                     return Ok(());
@@ -142,6 +140,13 @@ impl Dataset {
         self.examples.push(example);
         Ok(())
     }
+}
+
+fn too_long(tokens: usize, most: usize) -> Error {
+    let what = format!(
+        "{tokens} tokens, more than the limit of {most}; --long-rows truncate cuts such rows, --long-rows skip leaves them out"
+    );
+    Error::new(ErrorKind::Usage, what)
 }
 
 #[cfg(test)]

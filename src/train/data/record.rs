@@ -75,15 +75,7 @@ impl Record {
     /// # Errors
     /// What is wrong, without the place.
     pub fn parse(text: &str, number: usize) -> Result<Option<Self>> {
-        let broken = |e: serde_json::Error| {
-            // The error's own line is always 1.
-            let e = e.to_string();
-            let (what, column) = e.rsplit_once(" at line 1 column ").unwrap_or((&e, "1"));
-            Error::new(ErrorKind::Usage, format!("not JSON: {what} at column {column}"))
-        };
-        let Value::Object(fields) = serde_json::from_str(text).map_err(broken)? else {
-            bail!(Usage, "expected a JSON object");
-        };
+        let fields = object(text)?;
         let has = |key: &str| fields.contains_key(key);
         if number == 1 && has("task") && has("labels") && !has("input") {
             return Ok(None);
@@ -119,7 +111,21 @@ impl Record {
     }
 }
 
-fn string(fields: &Map<String, Value>, key: &str) -> Result<String> {
+/// The fields of a line.
+pub(super) fn object(text: &str) -> Result<Map<String, Value>> {
+    let broken = |e: serde_json::Error| {
+        // The error's own line is always 1.
+        let e = e.to_string();
+        let (what, column) = e.rsplit_once(" at line 1 column ").unwrap_or((&e, "1"));
+        Error::new(ErrorKind::Usage, format!("not JSON: {what} at column {column}"))
+    };
+    match serde_json::from_str(text).map_err(broken)? {
+        Value::Object(fields) => Ok(fields),
+        _ => bail!(Usage, "expected a JSON object"),
+    }
+}
+
+pub(super) fn string(fields: &Map<String, Value>, key: &str) -> Result<String> {
     match fields.get(key) {
         Some(Value::String(s)) => Ok(s.clone()),
         Some(other) => bail!(Usage, "{key:?} is {}, not a text", kind(other)),

@@ -1,4 +1,5 @@
 use super::*;
+use crate::error::bail;
 use crate::rng::Rng;
 use std::io::Write;
 
