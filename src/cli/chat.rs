@@ -18,6 +18,9 @@ pub(super) fn run(common: &Common, args: &ChatArgs) -> Result<()> {
     let Some(template) = engine.chat_template()? else {
         bail!(Tokenizer, "this model has no chat template; use generate --raw");
     };
+    if let Some(path) = &args.reward {
+        return super::align::chat(common, args, &engine, template, path);
+    }
     let context = args.sampling.context.unwrap_or_else(|| engine.config().context.min(4096));
     let mut session = drafting::session(&engine, draft.as_ref(), context, common.seed)?;
     let mut turns: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();

@@ -101,6 +101,9 @@ pub(super) enum Command {
     #[command(subcommand)]
     Train(Box<Train>),
     Adapt(Box<super::adapt::AdaptArgs>),
+    /// Learn what people prefer, and answer so.
+    #[command(subcommand)]
+    Align(Box<super::align::Align>),
     /// Teach a diffusion model to say several tokens at once, in the order in which it unmasks them; result: OUT/model, or
     /// OUT/adapter.
     Distill(Box<super::train_diffusion::DistillArgs>),
@@ -239,6 +242,25 @@ pub(super) struct GenerateArgs {
     /// With --json: the K best logits of every position.
     #[arg(long, default_value_t = 0)]
     pub top_logits: usize,
+    #[command(flatten)]
+    pub best: BestArgs,
+}
+
+/// The best of several answers, by a learnt reward.
+#[derive(Args)]
+pub(super) struct BestArgs {
+    /// A reward that `align` or `chat --reward` has learnt: the best of several answers by it.
+    #[arg(long, value_name = "FILE")]
+    pub reward: Option<PathBuf>,
+    /// Answers that are written, at most.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub best_of: usize,
+    /// Write no more once another answer is expected to raise the reward by less than this.
+    #[arg(long, default_value_t = 0.0)]
+    pub gain: f64,
+    /// Standard deviations by which an uncertain reward counts less.
+    #[arg(long, default_value_t = 0.0)]
+    pub pessimism: f64,
 }
 
 #[derive(Args)]
@@ -250,6 +272,16 @@ pub(super) struct ChatArgs {
     /// System message.
     #[arg(long)]
     pub system: Option<String>,
+    /// Learn your taste: of several answers the best is shown and, where it may be worth asking, a second one. What is learnt stays in
+    /// this file, after each answer.
+    #[arg(long, value_name = "FILE")]
+    pub reward: Option<PathBuf>,
+    /// With --reward: answers that are written.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "reward")]
+    pub best_of: usize,
+    /// With --reward: how many standard deviations of its reward a second answer may be worth asking for.
+    #[arg(long, default_value_t = 0.3, requires = "reward")]
+    pub beta: f64,
 }
 
 #[derive(Args)]

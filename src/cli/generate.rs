@@ -1,5 +1,6 @@
 //! `quadriga generate`.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -7,6 +8,7 @@ use serde_json::{Value, json};
 use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
 use super::{drafting, out};
 use crate::backend::cpu::{Tier, logits::top_k};
+use crate::engine::align::{Answer, Answering, BestOf, Item};
 use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
 
@@ -21,6 +23,10 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     if diffusion || decoder == Some(DecoderFlag::Diffusion) {
         let ids = prompt_ids(&engine, args, prompt)?;
         return super::diffusion::generate(common, args, &engine, &ids);
+    }
+    if let Some(reward) = &args.best.reward {
+        let ids = prompt_ids(&engine, args, prompt)?;
+        return best(common, args, &engine, reward, ids);
     }
     let steps = args.draft.steps(&engine)?;
     let draft = if steps.is_none() { args.draft.open(&engine)? } else { None };
@@ -135,6 +141,49 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
         let same = if judge == "tokens" { "lossless" } else { "not lossless" };
         eprintln!("[{} of {} steps accepted by {judge}: {same}]", steps.accepted, steps.judged);
     }
+    Ok(())
+}
+
+/// The best of several answers.
+fn best(common: &Common, args: &GenerateArgs, engine: &Engine, path: &Path, ids: Vec<u32>) -> Result<()> {
+    let a = &args.best;
+    let (reward, mut features) = super::align::read_reward(engine, path)?;
+    let mut sampler = args.sampling.sampler()?;
+    if sampler.is_greedy() {
+        // Several greedy answers are one.
+        (sampler.temperature, sampler.top_k) = (1.0, 0);
+    }
+    let how = Generate::default().sampler(sampler).max_tokens(args.sampling.max_tokens);
+    let answering = Answering { how, each: a.best_of, width: 16, seed: common.seed };
+    let best = BestOf { most: a.best_of, gain: a.gain, pessimism: a.pessimism };
+    let mut item = Item { ids, ..Item::default() };
+    let start = Instant::now();
+    let chosen = best.run(&reward, &answering, &mut features, &mut item, 0)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let Answer { text, tokens, cut, .. } = &item.answers[chosen.answer];
+    let finish = if *cut { "length" } else { "eos" };
+    if common.json {
+        return out::print_json(&json!({
+            "model": common.model,
+            "prompt_ids": item.ids,
+            "ids": tokens.ids,
+            "text": text,
+            "finish": finish,
+            "best_of": item.answers.len(),
+            "answers": item.answers.iter().map(|a| &a.text).collect::<Vec<_>>(),
+            "rewards": chosen.scores,
+            "kl_nats": out::round(chosen.kl, 4),
+            "stats": {"prompt_tokens": item.ids.len(), "tokens": tokens.ids.len(), "decode_s": out::round(seconds, 6)},
+        }));
+    }
+    out::print(&format!("{}\n", text.trim_end()))?;
+    eprintln!(
+        "[the best of {} answers by {} comparisons, at most {:.2} nats from plain sampling; {seconds:.2} s; {}]",
+        item.answers.len(),
+        reward.comparisons(),
+        chosen.kl,
+        engine.device(),
+    );
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 mod accept;
 mod accuracy;
 mod adapt;
+mod align;
 mod aup;
 mod aup_file;
 mod aup_run;
@@ -83,6 +84,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Train::Diffusion(a) => train_diffusion::masked(common, a),
         },
         Command::Adapt(a) => adapt::run(common, a),
+        Command::Align(a) => return align::run(common, a),
         Command::Distill(a) => train_diffusion::distill(common, a),
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::adapters::{self, Adapters, Erased};
+use super::align::{self, rollouts::Rollouts};
 use super::learning;
 use super::serving::{AnySlots, Slots};
 use super::speculation::{Draft, Maker, Source, Speculation};
@@ -15,6 +16,7 @@ use crate::error::{Result, ensure};
 use crate::model::lora::ModuleValues;
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig, Want};
+use crate::rlhf::{self, FeatureSpec, Precision, Tokens};
 use crate::speculative::adapt::Live;
 use crate::speculative::steps::{Preference, StepChain, StepCounts, StepDecoder, StepSettings};
 use crate::speculative::{Lookup, Memory, Mixed, SmallModel, Speculative, heads};
@@ -51,8 +53,24 @@ pub(super) trait AnyModel: Send + Sync {
     fn adapter_map(&self, parts: &[(Range<usize>, Erased)]) -> Result<Erased>;
     /// An `Arc<Adapter<B>>`: the weighted sum.
     fn mix_adapters(&self, parts: &[(Erased, f32)]) -> Result<Erased>;
+    /// What makes features of answers, for a prompt and an answer of up to so many tokens.
+    fn extractor(&self, spec: FeatureSpec, capacity: usize) -> Result<Box<dyn AnyExtractor>>;
+    fn rollouts(&self, job: &Rollouts<'_>, done: align::rollouts::Done<'_>) -> Result<DecodeStats>;
+    /// A `[width, width]` matrix for a one-pass reward.
+    fn inverse(&self, width: usize, precision: Precision) -> Result<Box<dyn rlhf::Inverse>>;
     fn weight_bytes(&self) -> usize;
     fn bytes_per_token(&self) -> usize;
+}
+
+/// [`rlhf::Extractor`] on some device.
+pub(super) trait AnyExtractor: Send {
+    fn of(&mut self, prompt: &[u32], answers: &[Tokens]) -> Result<Vec<Vec<f32>>>;
+}
+
+impl<B: Train> AnyExtractor for rlhf::Extractor<B> {
+    fn of(&mut self, prompt: &[u32], answers: &[Tokens]) -> Result<Vec<Vec<f32>>> {
+        rlhf::Extractor::of(self, prompt, answers)
+    }
 }
 
 /// Hears of a prompt of a batch, by its index, and of its new tokens.
@@ -239,6 +257,18 @@ impl<B: Train> AnyModel for Shared<B> {
 
     fn mix_adapters(&self, parts: &[(Erased, f32)]) -> Result<Erased> {
         adapters::mix(&self.0, parts)
+    }
+
+    fn extractor(&self, spec: FeatureSpec, capacity: usize) -> Result<Box<dyn AnyExtractor>> {
+        Ok(Box::new(rlhf::Extractor::new(self.0.clone(), spec, capacity)?))
+    }
+
+    fn rollouts(&self, job: &Rollouts<'_>, done: align::rollouts::Done<'_>) -> Result<DecodeStats> {
+        job.run(&self.0, done)
+    }
+
+    fn inverse(&self, width: usize, precision: Precision) -> Result<Box<dyn rlhf::Inverse>> {
+        rlhf::on_device(self.0.device().clone(), width, precision)
     }
 
     fn weight_bytes(&self) -> usize {

@@ -17,6 +17,7 @@
 mod accuracy;
 mod adapt;
 mod adapters;
+pub mod align;
 mod diffusion;
 mod diffusion_training;
 mod draft;
@@ -186,6 +187,9 @@ struct Inner {
     load_s: f64,
     /// Where the weights came from, if from files.
     path: Option<PathBuf>,
+    /// The adapter that is merged into them.
+    adapter: Option<PathBuf>,
+    compute: Compute,
 }
 
 /// A model on a device with its tokenizer. Cheap to clone; sessions of one engine may run on several threads.
@@ -214,14 +218,14 @@ impl Engine {
             (text.join(), model)
         });
         let (tokenizer, template) = text.unwrap_or_else(|p| std::panic::resume_unwind(p));
-        Self::finish(model?, tokenizer, template, start, Some(path.into()))
+        Self::finish(model?, tokenizer, template, start, Some(path.into()), &options)
     }
 
     /// An engine from weights made elsewhere, without a tokenizer: sessions take token ids.
     pub fn from_tensors(source: &dyn TensorSource, options: EngineOptions) -> Result<Self> {
         let start = Instant::now();
         let none = Err(Error::new(ErrorKind::Tokenizer, "this model comes without a tokenizer: give token ids"));
-        Self::finish(Self::load(source, &options)?, none, Ok(None), start, None)
+        Self::finish(Self::load(source, &options)?, none, Ok(None), start, None, &options)
     }
 
     fn finish(
@@ -230,9 +234,10 @@ impl Engine {
         template: Result<Option<ChatTemplate>>,
         start: Instant,
         path: Option<PathBuf>,
+        options: &EngineOptions,
     ) -> Result<Self> {
-        let load_s = start.elapsed().as_secs_f64();
-        Ok(Self(Arc::new(Inner { model, tokenizer, template, device, threads, load_s, path })))
+        let (load_s, adapter, compute) = (start.elapsed().as_secs_f64(), options.adapter.clone(), options.compute);
+        Ok(Self(Arc::new(Inner { model, tokenizer, template, device, threads, load_s, path, adapter, compute })))
     }
 
     fn load(source: &dyn TensorSource, options: &EngineOptions) -> Result<(Box<dyn AnyModel>, String, usize)> {
@@ -300,6 +305,12 @@ impl Engine {
         ids.sort_unstable();
         ids.dedup();
         ids
+    }
+
+    /// The token that ends a turn: of several the configuration's first.
+    pub fn end(&self) -> Option<u32> {
+        let of_tokenizer = || self.0.tokenizer.as_ref().ok().and_then(|t| t.eos().first().copied());
+        self.config().eos.first().copied().or_else(of_tokenizer)
     }
 
     /// What it runs on, for people.

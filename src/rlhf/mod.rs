@@ -1,6 +1,7 @@
 //! The mathematics of online RLHF as a contextual bandit: a linear reward on fixed features, learnt from comparisons in one pass.
 //!
-//! Everything here is on the host in f64 and knows no model. An answer is its feature vector φ of d numbers, a comparison is the
+//! The mathematics is on the host in f64 and knows no model. Two parts do: [`Extractor`] makes features of a model's hidden states,
+//! [`on_device`] is where P lives. An answer is its feature vector φ of d numbers, a comparison is the
 //! difference z of two of them with a label y: 1 where the first was preferred, 0 where the second was, 1/2 for a tie. Labels follow
 //! Bradley & Terry: P(y = 1) = σ(zᵀθ*). [`OnePass`] follows θ* at a cost that does not depend on how many comparisons came before (Li,
 //! Qian, Zhao & Zhou 2025, arXiv:2502.07193); [`Pool`], [`deploy`] and [`pessimistic`] choose what to ask and what to show by its
@@ -9,30 +10,36 @@
 mod batch;
 mod cg;
 mod deploy;
+mod features;
 mod hvp;
 mod inverse;
 pub mod judge;
 mod link;
 mod mle;
+mod on_device;
 mod one_pass;
 mod pool;
 mod progress;
 mod project;
 mod radius;
+mod scale;
 mod settings;
 mod sgd;
 mod vector;
 
 pub use cg::{conjugate_gradients, released_gradients};
 pub use deploy::{Second, Shown, deploy, pair_of, pessimistic};
+pub use features::{Extractor, FeatureSpec, Pooler, Pooling, Tokens, feature};
 pub use hvp::{Hvp, HvpSettings, Variant};
 pub use inverse::{Host, Inverse, Real};
 pub use link::{log_loss, proximal, sigmoid, slope};
 pub use mle::Mle;
+pub use on_device::{Precision, on_device};
 pub use one_pass::{OnePass, State, Step};
 pub use pool::{Choose, Pool};
 pub use progress::{Bin, Progress, correlation, slope_loglog};
 pub use project::{Projection, project};
 pub use radius::{chi_square_quantile, radius_calibrated, radius_theory};
+pub use scale::Scale;
 pub use settings::{Rule, Settings};
 pub use sgd::{Rate, Sgd};
