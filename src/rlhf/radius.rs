@@ -18,8 +18,8 @@ pub fn radius_theory(settings: &Settings, length: f64, bound: f64, d: usize, t: 
     (noise + 4.0 * eta + width + 4.0 * lambda * bound * bound).sqrt()
 }
 
-/// β = β₀ √χ²(d, 1 - δ) + √λ B₀: what the distance is in practice for η = 1, scaled by `beta0` (1 is the whole ellipsoid, less asks less),
-/// and the pull of the prior towards 0 where ‖θ*‖ is about `prior` B₀.
+/// β = β₀ √χ²(d, 1 - δ) + √λ B₀: what the distance is in practice for η = 1, scaled by `beta0` (1 is the whole ellipsoid, less
+/// asks less), and the pull of the prior towards 0 where ‖θ*‖ is about `prior` B₀.
 ///
 /// NaN of arguments that are impossible (d = 0, δ outside (0, 1), another below 0), which whoever takes a radius refuses.
 pub fn radius_calibrated(beta0: f64, d: usize, lambda: f64, prior: f64, delta: f64) -> f64 {
