@@ -25,7 +25,7 @@ pub(super) fn argmax(values: &[f64]) -> usize {
 /// # Errors
 /// `Shape`: a row that is not whole. `Diverged`: a value that is not finite, by its place.
 pub(super) fn rows(what: &str, x: &[f64], width: usize) -> Result<usize> {
-    ensure!(x.len().is_multiple_of(width), Shape, "{what}: {} numbers are no rows of {width}", x.len());
+    ensure!(width > 0 && x.len().is_multiple_of(width), Shape, "{what}: {} numbers are no rows of {width}", x.len());
     if let Some(i) = x.iter().position(|x| !x.is_finite()) {
         bail!(Diverged, "{what}: number {} of row {} is {}", i % width, i / width, x[i]);
     }

@@ -243,6 +243,8 @@ fn what_cannot_be_learnt_from_is_refused_and_changes_nothing() {
     for (beta, second) in [(-1.0, Second::Optimistic), (0.1, Second::Rank(1)), (0.1, Second::Quantile(0.5))] {
         assert_eq!(deploy(&reward, &[1.0; 6], beta, second, &mut rng).unwrap_err().kind(), ErrorKind::Usage);
     }
+    assert_eq!(OnePass::new(0, Settings::default()).err().unwrap().kind(), ErrorKind::Shape);
+    assert!(Host::<f64>::new(0).times(&[], &mut []).is_err() && project(&host(&[1.0]), &[], &[1.0, 2.0], 1.0).is_err());
     let alone = deploy(&reward, &[1.0; 3], 0.1, Second::Forced, &mut rng).unwrap();
     assert_eq!((alone.first, alone.second), (0, None));
 
