@@ -33,8 +33,22 @@ fn average(lists: &[Vec<f64>]) -> Vec<f64> {
     (0..lists[0].len()).map(|i| mean(lists.iter().map(|l| l[i]))).collect()
 }
 
+const MARKS: [usize; 6] = [100, 500, 1000, 2000, 5000, 20_000];
+
+/// Errors at the marks of an estimator that learns from a comparison and says where it is; it is told where that will be looked at.
+fn follow(world: &Passive, mut learn: impl FnMut(&[f64], f64, bool) -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+    let mut errors = Vec::new();
+    for (t, (z, y)) in world.rounds().enumerate() {
+        let marked = MARKS.contains(&(t + 1));
+        let theta = learn(z, y, marked)?;
+        if marked {
+            errors.push(world.error(&theta));
+        }
+    }
+    Ok(errors)
+}
+
 fn estimate() -> Result<()> {
-    const MARKS: [usize; 6] = [100, 500, 1000, 2000, 5000, 20_000];
     println!(
         "Distance to the truth (d = 8, norm 3, mean of 10) after so many comparisons, and the exponent from 1000 on\n"
     );
@@ -46,25 +60,13 @@ fn estimate() -> Result<()> {
         figures.push(slope_loglog(&points));
         row(name, &figures, 3);
     };
-    // Each estimator learns from a comparison and says where it is, at marks only.
-    let follow = |world: &Passive, learn: &mut dyn FnMut(&[f64], f64, bool) -> Result<Vec<f64>>| -> Result<Vec<f64>> {
-        let mut errors = Vec::new();
-        for (t, (z, y)) in world.rounds().enumerate() {
-            let marked = MARKS.contains(&(t + 1));
-            let theta = learn(z, y, marked)?;
-            if marked {
-                errors.push(world.error(&theta));
-            }
-        }
-        Ok(errors)
-    };
     let all = |make: &dyn Fn(&Passive) -> Result<Vec<f64>>| worlds.iter().map(make).collect::<Result<Vec<_>>>();
 
     print(
         "all data, ridge 1",
         all(&|world| {
             let mut mle = Mle::new(8, 1.0, None)?;
-            follow(world, &mut |z, y, marked| {
+            follow(world, |z, y, marked| {
                 mle.push(z, y)?;
                 if marked {
                     mle.fit(true)?;
@@ -82,14 +84,14 @@ fn estimate() -> Result<()> {
     ] {
         let run = |world: &Passive| {
             let mut reward = OnePass::new(8, settings.clone())?;
-            follow(world, &mut |z, y, _| reward.update(z, y).map(|_| reward.theta().to_vec()))
+            follow(world, |z, y, _| reward.update(z, y).map(|_| reward.theta().to_vec()))
         };
         print(name, all(&run)?);
     }
     for (name, rate) in [("gradients, 0.1", Rate::Constant(0.1)), ("gradients, 1/sqrt(t)", Rate::Root(1.0))] {
         let run = |world: &Passive| {
             let mut sgd = Sgd::new(8, rate, 1)?;
-            follow(world, &mut |z, y, _| sgd.push(z, y).map(|_| sgd.theta().to_vec()))
+            follow(world, |z, y, _| sgd.push(z, y).map(|_| sgd.theta().to_vec()))
         };
         print(name, all(&run)?);
     }

@@ -10,8 +10,8 @@ use super::vector::{axpy, dot, labels, norm, rows};
 use crate::error::{Error, ErrorKind, Result, ensure};
 
 impl OnePass {
-    /// Learns from the b comparisons `z[b, d]` with labels `y[b]` in one step: b d² + b² d + O(b³). All of them are seen from the same θ,
-    /// so it is not the same as one after another. With one comparison it is [`OnePass::update`] up to rounding.
+    /// Learns from the b comparisons `z[b, d]` with labels `y[b]` in one step: b d² + b² d + O(b³). All of them are seen from the
+    /// same θ, so it is not the same as one after another. With one comparison it is [`OnePass::update`] up to rounding.
     ///
     /// # Errors
     /// Those of [`OnePass::update`], and `Shape`: not one label for each row. Nothing has changed then.
@@ -20,21 +20,25 @@ impl OnePass {
         let b = rows("comparisons", z, d)?;
         ensure!(y.len() == b, Shape, "{} labels of {b} comparisons", y.len());
         labels(y)?;
-        if z.iter().all(|&z| z == 0.0) {
+        // An answer against its equal is no step, here as there.
+        let told = |(z, _): &(&[f64], &f64)| z.iter().any(|&z| z != 0.0);
+        let (z, y): (Vec<&[f64]>, Vec<f64>) = z.chunks_exact(d).zip(y).filter(told).unzip();
+        let (z, b) = (z.concat(), y.len());
+        if b == 0 {
             self.removed.clear();
             return Ok(());
         }
-        let u = self.times(z)?;
+        let u = self.times(&z)?;
         let gram = DMatrix::from_fn(b, b, |i, j| {
             let (i, j) = (i.min(j), i.max(j));
             dot(&z[i * d..][..d], &u[j * d..][..d])
         });
         ensure!(gram.iter().all(|g| g.is_finite()), Diverged, "comparison {}: zᵀPz is not finite", self.steps + 1);
-        let margins = self.margins(z);
+        let margins = DVector::from_iterator(b, z.chunks_exact(d).map(|z| dot(z, &self.theta)));
         // θ' = θ - η Uᵀa.
         let a = match self.settings.rule {
-            Rule::Explicit => explicit(&gram, &margins, y, eta)?,
-            Rule::Implicit => implicit(&gram, &margins, y, eta)?,
+            Rule::Explicit => explicit(&gram, &margins, &y, eta)?,
+            Rule::Implicit => implicit(&gram, &margins, &y, eta)?,
         };
         let mut theta = self.theta.clone();
         u.chunks_exact(d).zip(a.iter()).for_each(|(u, a)| axpy(-eta * a, u, &mut theta));
@@ -63,11 +67,6 @@ impl OnePass {
         self.projections += u64::from(outside.is_some());
         self.multiply_adds += (2 * b * d * d + b * b * d + b * b * b / 3 + 4 * b * d) as u64;
         Ok(())
-    }
-
-    fn margins(&self, z: &[f64]) -> DVector<f64> {
-        let d = self.width();
-        DVector::from_iterator(z.len() / d, z.chunks_exact(d).map(|z| dot(z, &self.theta)))
     }
 }
 

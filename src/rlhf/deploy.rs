@@ -68,8 +68,8 @@ pub fn pair_of(gram: &[f64], k: usize) -> (usize, usize) {
 /// [`radius_calibrated`](super::radius_calibrated). Only the random rules draw from `rng`.
 ///
 /// # Errors
-/// `Shape`: no answers, or rows that are not whole. `Usage`: a β below 0, a rank below 2, a quantile q below 1. `Diverged`: a feature that
-/// is not finite. What the inverse says.
+/// `Shape`: no answers, or rows that are not whole. `Usage`: a β below 0, a rank below 2, a quantile q below 1. `Diverged`: a
+/// feature that is not finite. What the inverse says.
 pub fn deploy(reward: &OnePass, answers: &[f64], beta: f64, second: Second, rng: &mut Rng) -> Result<Shown> {
     let (d, rewards) = (reward.width(), rewards(reward, answers, beta)?);
     let k = rewards.len();

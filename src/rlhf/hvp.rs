@@ -1,4 +1,5 @@
-//! [`Hvp`]: the paper's approximation for large models, Newton steps on one batch's curvature by conjugate gradients, for a linear head.
+//! [`Hvp`]: the paper's approximation for large models, Newton steps on one batch's curvature by conjugate gradients, for a
+//! linear head.
 
 use super::cg::{conjugate_gradients, released_gradients};
 use super::link::{sigmoid, slope};

@@ -86,12 +86,10 @@ impl<T: Real> Inverse for Host<T> {
         let d = self.width;
         rows("a product with P", x, d)?;
         ensure!(y.len() == x.len(), Shape, "a product with P: {} numbers for {}", y.len(), x.len());
-        y.fill(0.0);
-        // P is symmetric, so its rows are its columns: sums run down columns, and a lane never waits for another. Rows of x are
-        // innermost but one, so that P is read once for all of them.
-        for (j, row) in self.p.chunks_exact(d).enumerate() {
-            for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-                y.iter_mut().zip(row).for_each(|(y, &p)| *y += x[j] * p.into());
+        // Some rows of x stay in a near cache while all of P passes by.
+        for (x, y) in x.chunks(16 * d).zip(y.chunks_mut(16 * d)) {
+            for (i, row) in self.p.chunks_exact(d).enumerate() {
+                x.chunks_exact(d).zip(y.chunks_exact_mut(d)).for_each(|(x, y)| y[i] = dot(row, x));
             }
         }
         Ok(())
@@ -122,4 +120,17 @@ impl<T: Real> Inverse for Host<T> {
         self.p.iter_mut().zip(p).for_each(|(to, &from)| *to = T::nearest(from));
         Ok(())
     }
+}
+
+/// Eight sums side by side, so that none waits for another.
+fn dot<T: Real>(p: &[T], x: &[f64]) -> f64 {
+    let (ps, xs) = (p.chunks_exact(8), x.chunks_exact(8));
+    let rest: f64 = ps.remainder().iter().zip(xs.remainder()).map(|(&p, x)| p.into() * x).sum();
+    let mut sums = [0.0; 8];
+    for (p, x) in ps.zip(xs) {
+        for (sum, (&p, x)) in sums.iter_mut().zip(p.iter().zip(x)) {
+            *sum += p.into() * x;
+        }
+    }
+    sums.iter().sum::<f64>() + rest
 }

@@ -17,8 +17,8 @@ pub fn log_loss(margin: f64, y: f64) -> f64 {
     margin.max(0.0) + (-margin.abs()).exp().ln_1p() - y * margin
 }
 
-/// The root m' of m' + reach (σ(m') - y) = margin, reach = η zᵀPz >= 0: the margin behind an implicit step (Faury et al. 2022). The left
-/// side is monotone in m', so Newton's method within a bracket finds it to the last bits.
+/// The root m' of m' + reach (σ(m') - y) = margin, reach = η zᵀPz >= 0: the margin behind an implicit step (Faury et al. 2022).
+/// The left side is monotone in m', so Newton's method within a bracket finds it to the last bits.
 pub fn proximal(margin: f64, reach: f64, y: f64) -> f64 {
     let explicit = margin - reach * (sigmoid(margin) - y);
     let (mut low, mut high) = (margin.min(explicit), margin.max(explicit));

@@ -66,7 +66,8 @@ impl Mle {
         size_of_val(&self.z[..]) + size_of_val(&self.y[..]) + size_of_val(&self.theta[..])
     }
 
-    /// Multiplications with an addition since it was made: t (d(d + 1)/2 + 2d) + d³/6 for a Newton step and t d for each look at the loss.
+    /// Multiplications with an addition since it was made: t (d(d + 1)/2 + 2d) + d³/6 for a Newton step and t d for each look at
+    /// the loss.
     pub fn multiply_adds(&self) -> u64 {
         self.multiply_adds
     }

@@ -6,6 +6,22 @@
 //! Bradley & Terry: P(y = 1) = σ(zᵀθ*). [`OnePass`] follows θ* at a cost that does not depend on how many comparisons came before (Li,
 //! Qian, Zhao & Zhou 2025, arXiv:2502.07193); [`Pool`], [`deploy`] and [`pessimistic`] choose what to ask and what to show by its
 //! uncertainty. [`Mle`], [`Sgd`] and [`Hvp`] are what it is compared with.
+//!
+//! ```
+//! use quadriga::rlhf::{OnePass, Second, Settings, deploy};
+//! use quadriga::rng::Rng;
+//!
+//! let mut reward = OnePass::new(2, Settings::default())?;
+//! let answers = [0.9, 0.1, -0.2, 0.7, 0.3, 0.3]; // three answers, a row each
+//! let shown = deploy(&reward, &answers, 0.5, Second::Optimistic, &mut Rng::new(0))?;
+//! if let Some(second) = shown.second {
+//!     let phi = |j: usize| &answers[2 * j..][..2];
+//!     let z: Vec<f64> = phi(shown.first).iter().zip(phi(second)).map(|(a, b)| a - b).collect();
+//!     reward.update(&z, 0.0)?; // the second was better
+//!     assert!(reward.reward(phi(second)) > reward.reward(phi(shown.first)));
+//! }
+//! # Ok::<(), quadriga::Error>(())
+//! ```
 
 mod batch;
 mod cg;

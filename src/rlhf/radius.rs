@@ -18,17 +18,13 @@ pub fn radius_theory(settings: &Settings, length: f64, bound: f64, d: usize, t: 
     (noise + 4.0 * eta + width + 4.0 * lambda * bound * bound).sqrt()
 }
 
-/// β = β₀ √χ²(d, 1 - δ) + √λ B₀: what the distance is in practice for η = 1, scaled by `beta0` (1 is the whole ellipsoid, less asks less),
-/// and the pull of the prior towards 0 where ‖θ*‖ is about `prior` B₀.
+/// β = β₀ √χ²(d, 1 - δ) + √λ B₀: what the distance is in practice for η = 1, scaled by `beta0` (1 is the whole ellipsoid, less
+/// asks less), and the pull of the prior towards 0 where ‖θ*‖ is about `prior` B₀.
 ///
-/// # Errors
-/// `Usage`: d = 0, a δ outside (0, 1), another argument below 0.
-pub fn radius_calibrated(beta0: f64, d: usize, lambda: f64, prior: f64, delta: f64) -> Result<f64> {
-    for (what, x) in [("beta0", beta0), ("lambda", lambda), ("prior", prior)] {
-        ensure!(x >= 0.0 && x.is_finite(), Usage, "radius: {what} = {x} is impossible");
-    }
-    ensure!(delta > 0.0 && delta < 1.0, Usage, "radius: delta = {delta} is no probability within (0, 1)");
-    Ok(beta0 * chi_square_quantile(d, 1.0 - delta)?.sqrt() + lambda.sqrt() * prior)
+/// NaN of arguments that are impossible (d = 0, δ outside (0, 1), another below 0), which whoever takes a radius refuses.
+pub fn radius_calibrated(beta0: f64, d: usize, lambda: f64, prior: f64, delta: f64) -> f64 {
+    let quantile = chi_square_quantile(d, 1.0 - delta).unwrap_or(f64::NAN);
+    if beta0 < 0.0 || prior < 0.0 { f64::NAN } else { beta0 * quantile.sqrt() + lambda.sqrt() * prior }
 }
 
 /// The x below which a χ² variable of `d` degrees of freedom lies with `probability`, by Newton's method

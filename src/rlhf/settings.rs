@@ -29,7 +29,8 @@ pub struct Settings {
     /// B: θ is kept in the ball of this radius. A projection takes many products with P, so let it be large enough to be rare.
     pub bound: Option<f64>,
     /// γ in (0, 1]: what is left of the curvature after each comparison, 1 for a θ* that does not move. The learner looks back over
-    /// about 1 / (1 - γ) comparisons. Directions in which nothing is compared are forgotten too: their variance grows by 1/γ a step.
+    /// about 1 / (1 - γ) comparisons. Directions in which nothing is compared are forgotten too: their variance grows by 1/γ a
+    /// step, and leaves the numbers of an f64 after some 700 / (1 - γ) steps, of an f32 after 80 / (1 - γ).
     pub forget: f64,
 }
 

@@ -14,8 +14,8 @@ pub enum Rate {
     Root(f64),
 }
 
-/// Stochastic gradient descent on the log-loss: θ -= rate · the mean gradient of a batch. The paper's baseline for comparisons that come
-/// once.
+/// Stochastic gradient descent on the log-loss: θ -= rate · the mean gradient of a batch. The paper's baseline for comparisons
+/// that come once.
 #[derive(Clone, Debug)]
 pub struct Sgd {
     optimizer: Optimizer,

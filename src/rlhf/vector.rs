@@ -1,6 +1,6 @@
 //! What rows of numbers need everywhere here.
 
-use crate::error::{Result, ensure};
+use crate::error::{Result, bail, ensure};
 
 pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -25,9 +25,9 @@ pub(super) fn argmax(values: &[f64]) -> usize {
 /// # Errors
 /// `Shape`: a row that is not whole. `Diverged`: a value that is not finite, by its place.
 pub(super) fn rows(what: &str, x: &[f64], width: usize) -> Result<usize> {
-    ensure!(x.len().is_multiple_of(width), Shape, "{what}: {} numbers are no rows of {width}", x.len());
+    ensure!(width > 0 && x.len().is_multiple_of(width), Shape, "{what}: {} numbers are no rows of {width}", x.len());
     if let Some(i) = x.iter().position(|x| !x.is_finite()) {
-        ensure!(false, Diverged, "{what}: number {} of row {} is {}", i % width, i / width, x[i]);
+        bail!(Diverged, "{what}: number {} of row {} is {}", i % width, i / width, x[i]);
     }
     Ok(x.len() / width)
 }
@@ -35,7 +35,7 @@ pub(super) fn rows(what: &str, x: &[f64], width: usize) -> Result<usize> {
 /// Refuses labels outside \[0, 1\].
 pub(super) fn labels(y: &[f64]) -> Result<()> {
     match y.iter().find(|y| !(0.0..=1.0).contains(*y)) {
-        Some(y) => crate::error::bail!(Usage, "a label of {y}: 1 is the first answer, 0 the second, 0.5 a tie"),
+        Some(y) => bail!(Usage, "a label of {y}: 1 is the first answer, 0 the second, 0.5 a tie"),
         None => Ok(()),
     }
 }

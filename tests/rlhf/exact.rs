@@ -355,7 +355,18 @@ fn quantiles_of_chi_square() {
         let cube = n * (1.0 - 2.0 / (9.0 * n) + z * (2.0 / (9.0 * n)).sqrt()).powi(3);
         assert!((chi_square_quantile(d, 0.95).unwrap() / cube - 1.0).abs() < 1e-4);
     }
-    near(&[radius_calibrated(1.0, 8, 0.0, 0.0, 0.05).unwrap()], &[3.938], 5e-4);
-    let half = radius_calibrated(0.5, 8, 4.0, 3.0, 0.05).unwrap();
+    near(&[radius_calibrated(1.0, 8, 0.0, 0.0, 0.05)], &[3.938], 5e-4);
+    let half = radius_calibrated(0.5, 8, 4.0, 3.0, 0.05);
     near(&[half], &[0.5 * 3.938 + 6.0], 5e-4);
+    let reward = standing(&THETA, &P);
+    for (beta0, d, lambda, prior, delta) in [
+        (-1.0, 8, 1.0, 1.0, 0.1),
+        (1.0, 0, 1.0, 1.0, 0.1),
+        (1.0, 8, -1.0, 1.0, 0.1),
+        (1.0, 8, 1.0, -1.0, 0.1),
+        (1.0, 8, 1.0, 1.0, 1.0),
+    ] {
+        let beta = radius_calibrated(beta0, d, lambda, prior, delta);
+        assert!(beta.is_nan() && pessimistic(&reward, &F, beta, true).is_err());
+    }
 }

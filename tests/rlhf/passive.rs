@@ -166,7 +166,7 @@ fn with_a_small_prior_only_the_implicit_step_is_safe() {
         // Both are the same in the long run.
         assert!((means[0][3] / means[1][3] - 1.0).abs() < 0.1 && means[1][3] < 0.35);
         // The ellipsoid in which θ* lies 19 times of 20 is that of an efficient estimate, and a prior's pull makes it no larger.
-        let calibrated = radius_calibrated(1.0, D, 0.0, 0.0, 0.05).unwrap();
+        let calibrated = radius_calibrated(1.0, D, 0.0, 0.0, 0.05);
         let [explicit, implicit] = quantiles;
         match lambda {
             1.0 => assert!(explicit.iter().all(|q| (3.8..4.3).contains(q)), "{explicit:?}"),

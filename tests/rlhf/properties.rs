@@ -77,35 +77,44 @@ fn a_batch_of_one_is_a_step_and_any_batch_the_minimum_of_its_loss() {
             assert_eq!(one.projections(), other.projections());
             assert_eq!(one.projections() > 0, bound.is_some());
         }
-        // From a state in the middle, against the dense formula: H̃ and its gradient by hand.
-        let eta = 1.5;
-        let mut reward = OnePass::new(6, settings(rule, eta, 0.05)).unwrap();
-        world.rounds().take(20).for_each(|(z, y)| _ = reward.update(z, y).unwrap());
-        let before = reward.state().unwrap();
-        let (zs, ys) = (&world.z[20 * 6..], &world.y[20..]);
-        reward.update_batch(zs, ys).unwrap();
-        let h = DMatrix::from_row_slice(6, 6, &before.inverse).try_inverse().unwrap();
-        let at = |theta: &[f64]| {
-            let (mut g, mut curvature) = (DVector::zeros(6), DMatrix::zeros(6, 6));
-            for (z, y) in zs.chunks_exact(6).zip(ys) {
-                let (m, z) = (dot(z, theta), DVector::from_column_slice(z));
-                g += (sigmoid(m) - y) * &z;
-                curvature += slope(m) * &z * z.transpose();
-            }
-            (g, curvature)
-        };
-        let moved = DVector::from_vec(difference(reward.theta(), &before.theta));
-        let residual = match rule {
-            Rule::Explicit => {
-                let (g, curvature) = at(&before.theta);
-                g * eta + (&h + curvature * eta) * moved
-            }
-            Rule::Implicit => at(reward.theta()).0 * eta + &h * moved,
-        };
-        assert!(residual.amax() < 1e-11, "{rule:?}: {residual}");
-        let p = DMatrix::from_row_slice(6, 6, &reward.state().unwrap().inverse);
-        assert!(((h + at(reward.theta()).1) * p - DMatrix::identity(6, 6)).amax() < 1e-11);
+        for lambda in [0.05, 1e-4] {
+            batch_against_dense(&world, rule, lambda);
+        }
     }
+}
+
+/// From a state in the middle: the stationarity of θ', and P, by dense matrices.
+fn batch_against_dense(world: &Passive, rule: Rule, lambda: f64) {
+    let eta = 1.5;
+    let mut reward = OnePass::new(6, settings(rule, eta, lambda)).unwrap();
+    world.rounds().take(20).for_each(|(z, y)| _ = reward.update(z, y).unwrap());
+    let before = reward.state().unwrap();
+    // One of them is an answer against its equal: nothing.
+    let (mut zs, ys) = (world.z[20 * 6..].to_vec(), &world.y[20..]);
+    zs[6..12].fill(0.0);
+    reward.update_batch(&zs, ys).unwrap();
+    assert_eq!((reward.steps(), reward.removed().len()), (39, 19 * 6));
+    let h = DMatrix::from_row_slice(6, 6, &before.inverse).try_inverse().unwrap();
+    let at = |theta: &[f64]| {
+        let (mut g, mut curvature) = (DVector::zeros(6), DMatrix::zeros(6, 6));
+        for (z, y) in zs.chunks_exact(6).zip(ys) {
+            let (m, z) = (dot(z, theta), DVector::from_column_slice(z));
+            g += (sigmoid(m) - y) * &z;
+            curvature += slope(m) * &z * z.transpose();
+        }
+        (g, curvature)
+    };
+    let moved = DVector::from_vec(difference(reward.theta(), &before.theta));
+    let residual = match rule {
+        Rule::Explicit => {
+            let (g, curvature) = at(&before.theta);
+            g * eta + (&h + curvature * eta) * moved
+        }
+        Rule::Implicit => at(reward.theta()).0 * eta + &h * moved,
+    };
+    assert!(residual.amax() < 1e-11, "{rule:?}, lambda {lambda}: {residual}");
+    let p = DMatrix::from_row_slice(6, 6, &reward.state().unwrap().inverse);
+    assert!(((h + at(reward.theta()).1) * p - DMatrix::identity(6, 6)).amax() < 1e-10);
 }
 
 /// Symmetric positive definite, eigenvalues over six orders of magnitude.
@@ -234,6 +243,8 @@ fn what_cannot_be_learnt_from_is_refused_and_changes_nothing() {
     for (beta, second) in [(-1.0, Second::Optimistic), (0.1, Second::Rank(1)), (0.1, Second::Quantile(0.5))] {
         assert_eq!(deploy(&reward, &[1.0; 6], beta, second, &mut rng).unwrap_err().kind(), ErrorKind::Usage);
     }
+    assert_eq!(OnePass::new(0, Settings::default()).err().unwrap().kind(), ErrorKind::Shape);
+    assert!(Host::<f64>::new(0).times(&[], &mut []).is_err() && project(&host(&[1.0]), &[], &[1.0, 2.0], 1.0).is_err());
     let alone = deploy(&reward, &[1.0; 3], 0.1, Second::Forced, &mut rng).unwrap();
     assert_eq!((alone.first, alone.second), (0, None));
 
@@ -295,4 +306,13 @@ fn who_forgets_follows_a_reward_that_moves() {
     }
     println!("errors after a change: {errors:?}, {} apart", distance(&first.theta, &second.theta));
     assert!(errors[1] < 0.5 * errors[0], "{errors:?}");
+}
+
+#[test]
+fn settings_are_read_with_their_defaults() {
+    let read: Settings = serde_json::from_str(r#"{"rule": "explicit", "eta": 2.0}"#).unwrap();
+    assert_eq!(read, Settings { rule: Rule::Explicit, eta: 2.0, ..Settings::default() });
+    assert!(serde_json::from_str::<Settings>(r#"{"lamda": 1.0}"#).is_err());
+    assert_eq!(serde_json::to_string(&Second::Rank(4)).unwrap(), r#"{"rank":4}"#);
+    assert_eq!(serde_json::to_string(&(Second::Optimistic, Choose::Fisher)).unwrap(), r#"["optimistic","fisher"]"#);
 }
