@@ -147,6 +147,7 @@ fn rule(text: &str) -> Result<Rule, String> {
 fn rust_type(ty: &str) -> &str {
     match ty {
         "float" => "f32",
+        "double" => "f64",
         "bf16_t" => "half::bf16",
         "f16_t" => "half::f16",
         "uint8_t" => "u8",
@@ -242,6 +243,8 @@ fn constructor(out: &mut String, s: &Struct) {
                         format!("{n} % {} == 0", r.value)
                     } else if f.ty == "float" {
                         format!("{n} {} {}f32", r.op, r.value)
+                    } else if f.ty == "double" {
+                        format!("{n} {} {}f64", r.op, r.value)
                     } else {
                         format!("{n} {} {}", r.op, r.value)
                     };

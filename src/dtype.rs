@@ -4,6 +4,7 @@
 //! to the reference dequantisation. Fast kernels are tested against it.
 
 use std::fmt;
+use std::ops::{Add, Mul, Sub};
 
 use half::{bf16, f16};
 
@@ -21,6 +22,30 @@ pub trait Real: Elem {
     fn to_f64(self) -> f64;
     /// Rounded to the nearest.
     fn of(x: f32) -> Self;
+}
+
+/// A real number that is computed with as it is stored: f32 or f64.
+pub trait Float: Real + Sub<Output = Self> + Mul<Output = Self> + Add<Output = Self> {
+    /// Whether it is f64.
+    const DOUBLE: bool;
+    /// Rounded to the nearest.
+    fn from_f64(x: f64) -> Self;
+}
+
+impl Float for f32 {
+    const DOUBLE: bool = false;
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x as f32
+    }
+}
+
+impl Float for f64 {
+    const DOUBLE: bool = true;
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x
+    }
 }
 
 macro_rules! elems { ($($t:ty => $n:literal),*) => { $(impl Elem for $t { const NAME: &'static str = $n; })* } }

@@ -13,6 +13,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod host;
+mod curvature;
 mod mask;
 pub mod naive;
 mod sampling;
@@ -22,13 +23,14 @@ mod visible;
 
 pub use mask::{Mask, TreeMask};
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, MAX_TRAVERSED, NO_TOKEN, Order, Penalty, Rule, Trees};
+pub use curvature::Curvature;
 pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Write};
 pub use unmask::{Candidates, Masked, Score, Unmasking};
 pub use visible::Visible;
 
 use std::ops::Range;
 
-use crate::dtype::{Elem, Real};
+use crate::dtype::{Elem, Float, Real};
 use crate::error::Result;
 use crate::model::config::Activation;
 use crate::tensor::HostTensor;
@@ -140,7 +142,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Operands of matrix products: f32 on the CPU, bf16 on CUDA, f64 in the specification.
     type Act: Real;
     /// Residual stream, statistics, logits: f32, f32, f64.
-    type Acc: Real;
+    type Acc: Float;
     /// Device memory.
     type Buf<T: Elem>: Buffer<T>;
     /// A matrix `[out, in]` in whatever layout the device multiplies fastest.

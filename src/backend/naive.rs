@@ -1,5 +1,6 @@
 //! The specification: every op as the shortest correct f64 loop. For tiny models and for tests of the other backends.
 
+mod curvature;
 mod encoder;
 mod sampling;
 mod train;

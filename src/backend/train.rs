@@ -6,7 +6,7 @@
 //! have a fixed order that depends on the number of rows only: the same seed gives the same bits on any number of
 //! threads.
 
-use super::{AttnSpec, Backend, Buffer, In, Out, Visible, WeightInfo};
+use super::{AttnSpec, Backend, Buffer, Curvature, In, Out, Visible, WeightInfo};
 use crate::error::Result;
 use crate::model::config::Activation;
 
@@ -171,7 +171,7 @@ pub struct Step {
 }
 
 /// Training on a device.
-pub trait Train: Backend {
+pub trait Train: Curvature {
     /// A matrix `[rows, cols]` of 0 that [`Train::set_weight`] can change: in a plain type that products with it round
     /// to anyway.
     fn trainable(&self, rows: usize, cols: usize) -> Result<Self::Weight>;

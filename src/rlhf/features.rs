@@ -104,14 +104,16 @@ impl<B: Train> Pooler<B> {
         let (be, cfg) = (self.model.backend(), self.model.config());
         let (n, d) = (rows * cfg.hidden, cfg.hidden);
         ensure!(rows <= self.rows, Capacity, "{rows} hidden states, of {} that are planned", self.rows);
-        let mut out = vec![0.0; ranges.len() * d];
+        let m = ranges.len() * d;
         if self.spec.layer.is_some() {
-            mean(be, x, n, ranges, d, &mut out)?;
+            be.mean_rows(self.pooled.head_mut(m), x, ranges, d)?;
         } else {
             be.zero(self.normed.head_mut(n))?;
             be.add_normed(self.normed.head_mut(n), x, self.model.final_norm(), cfg.eps)?;
-            mean(be, self.normed.head(n), n, ranges, d, &mut out)?;
+            be.mean_rows(self.pooled.head_mut(m), self.normed.head(n), ranges, d)?;
         }
+        let mut out = vec![0.0; m];
+        be.download_acc(self.pooled.head(m), &mut out)?;
         Ok(out.chunks_exact(d).map(|row| self.finish(row)).collect())
     }
 
@@ -229,22 +231,4 @@ pub fn feature<B: Train>(pooler: &mut Pooler<B>, session: &Session<B>, at: usize
     let states = session.feature_rows(0, at..at + rows)?;
     let range = answer.pooled(pooler.spec.pool, 0);
     Ok(pooler.of(states, rows, &[range])?.swap_remove(0))
-}
-
-fn mean<B: Train>(
-    be: &B,
-    x: In<'_, B, B::Acc>,
-    n: usize,
-    ranges: &[Range<usize>],
-    d: usize,
-    out: &mut [f32],
-) -> Result<()> {
-    let mut all = vec![0.0; n];
-    be.download_acc(x, &mut all)?;
-    for (out, r) in out.chunks_exact_mut(d).zip(ranges) {
-        for i in r.clone() {
-            out.iter_mut().zip(&all[i * d..][..d]).for_each(|(o, x)| *o += x / r.len() as f32);
-        }
-    }
-    Ok(())
 }

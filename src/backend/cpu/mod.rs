@@ -3,6 +3,7 @@
 pub mod attention;
 mod backend;
 pub mod bandwidth;
+mod curvature;
 pub mod gemm;
 pub mod kv;
 pub mod lanes;

@@ -373,6 +373,7 @@ pub(super) enum Slot {
     Texts,
     Positions,
     Ends,
+    Ranges,
 }
 
 /// Bytes of tables that are kept.

@@ -172,6 +172,13 @@ kernels! {
         ADD_SCALED: AddScaled = "add_scaled";
         SCALE_COLUMNS: ScaleColumns = "scale_columns";
     }
+    "curvature" {
+        MUL_ROWS_F32: MulRowsF32 = "mul_rows_f32";
+        MUL_ROWS_F64: MulRowsF64 = "mul_rows_f64";
+        SUBTRACT_OUTER_F32: SubtractOuterF32 = "subtract_outer_f32";
+        SUBTRACT_OUTER_F64: SubtractOuterF64 = "subtract_outer_f64";
+        MEAN_ROWS: MeanRows = "mean_rows";
+    }
     "optim" {
         OPTIMIZE: Optimize = "optimize";
     }

@@ -7,6 +7,7 @@
 //! Everything runs on one stream, in order, and a step that comes again as one CUDA graph ([`Cuda::graph_stats`]). A kernel's arguments are one struct whose contract stands in `kernels/args`;
 //! its constructor is generated and checks it. A row's result never depends on how many rows are in the pass.
 
+mod curvature;
 mod device;
 mod graph;
 mod kernels;

@@ -45,6 +45,9 @@ pub(super) fn cost(op: &TrainOp, weights: usize, pairs: usize, s: Sizes) -> Cost
             let (bytes, flops) = if dw { (2 * d, 3 * rows * d) } else { (0, 0) };
             (((2 + added(write)) * rows * d + d + bytes) * acc, 10 * rows * d + flops)
         }
+        MulRows { m, n, b } => ((m * n + b * (m + n)) * acc, 2 * b * m * n),
+        SubtractOuter { n, b } => ((2 * n * n + b * n) * acc, 2 * b * n * n),
+        MeanRows { means, each, d } => (means * (each + 1) * d * acc, means * each * d),
         LayerNorm { rows, d } => ((rows * d + 2 * d) * acc + rows * d * act, 8 * rows * d),
         LayerNormBwd { rows, d, dw, write } => {
             let (bytes, flops) = if dw { (2 * d, 4 * rows * d) } else { (0, 0) };

@@ -87,6 +87,9 @@ fn buffers(op: &TrainOp, s: &TrainSetup) -> Buffers {
         ColumnSums { rows, d } => (plain(&[d, rows * d]), vec![]),
         RmsNormBwd { rows, d, .. } => (plain(&[rows * d, d, rows * d, rows * d, d]), vec![]),
         GluBwd { rows, d, .. } => (plain(&[rows * d; 5]), vec![]),
+        MulRows { m, n, b } => (plain(&[b * m, m * n, b * n]), vec![]),
+        SubtractOuter { n, b } => (plain(&[n * n, b * n]), vec![]),
+        MeanRows { means, each, d } => (plain(&[means * d, means * each * d]), vec![]),
         LayerNorm { rows, d } => (plain(&[rows * d, d, d]), vec![(rows * d, Storage::F32)]),
         LayerNormBwd { rows, d, .. } | AddScaledBwd { rows, d, .. } => {
             (plain(&[rows * d, d, rows * d, rows * d, d]), vec![])

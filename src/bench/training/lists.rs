@@ -81,6 +81,9 @@ pub fn odd() -> Vec<TrainOp> {
         }));
     }
     encoders(&mut v);
+    for (m, n, b) in [(1, 1, 1), (7, 33, 1), (65, 576, 1), (40, 131, 5), (3, 1030, 2)] {
+        v.extend([MulRows { m, n, b }, SubtractOuter { n: m, b }, MeanRows { means: m, each: b, d: n }]);
+    }
     v
 }
 
@@ -255,6 +258,13 @@ pub fn realistic() -> Vec<Case<TrainOp>> {
             let update = UPDATES[2];
             ops.push(Optimize { n, rule: Rule { update, reference: true, l1: true } });
         }
+        // A reward's inverse for features of this width, and the pooling of 16 answers of 32 tokens.
+        ops.extend([
+            MulRows { m: d, n: d, b: 1 },
+            MulRows { m: d, n: d, b: 8 },
+            SubtractOuter { n: d, b: 1 },
+            MeanRows { means: 16, each: 32, d },
+        ]);
         if !large {
             ops.extend(encoder());
         }

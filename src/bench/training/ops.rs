@@ -154,6 +154,23 @@ pub enum TrainOp {
         d: usize,
         act: Activation,
     },
+    /// A product of a matrix `[m, n]` with `b` vectors.
+    MulRows {
+        m: usize,
+        n: usize,
+        b: usize,
+    },
+    /// A matrix `[n, n]` loses `b` squares.
+    SubtractOuter {
+        n: usize,
+        b: usize,
+    },
+    /// Means of runs of `each` rows, one after another.
+    MeanRows {
+        means: usize,
+        each: usize,
+        d: usize,
+    },
     LayerNorm {
         rows: usize,
         d: usize,
@@ -259,6 +276,9 @@ impl TrainOp {
             ColumnSums { .. } => "column_sums",
             RmsNormBwd { .. } => "rms_norm_bwd",
             GluBwd { .. } => "glu_bwd",
+            MulRows { .. } => "mul_rows",
+            SubtractOuter { .. } => "subtract_outer",
+            MeanRows { .. } => "mean_rows",
             LayerNorm { .. } => "layer_norm",
             LayerNormBwd { .. } => "layer_norm_bwd",
             Gelu { .. } => "gelu",
@@ -322,6 +342,9 @@ impl TrainOp {
             LoraExpand { part, .. } => part.n,
             LoraShrinkBwd { ranks, .. } => ranks,
             RmsNormBwd { rows, d, .. } | LayerNormBwd { rows, d, .. } => FEW + rows.max(d),
+            MulRows { n, .. } => n,
+            SubtractOuter { b, .. } => b,
+            MeanRows { each, .. } => each,
             LayerNorm { d, .. } => FEW + d,
             Attend(a) => FEW + a.spec.head_dim + a.rows(),
             AttendBwd(a) => FEW + a.spec.head_dim + a.rows() * a.spec.heads / a.spec.kv_heads,
@@ -362,6 +385,9 @@ impl fmt::Display for TrainOp {
             ColumnSums { rows, d } | SmoothL1 { rows, d } | LayerNorm { rows, d } | AddScaled { rows, d } => {
                 write!(f, "{rows}x{d}")
             }
+            MulRows { m, n, b } => write!(f, "{m}x{n} by {b}"),
+            SubtractOuter { n, b } => write!(f, "{n}x{n} by {b}"),
+            MeanRows { means, each, d } => write!(f, "{means} of {each}x{d}"),
             AddScaledBwd { rows, d, dw } => write!(f, "{rows}x{d}{}", if dw { " dw" } else { "" }),
             RmsNormBwd { rows, d, dw, write } | LayerNormBwd { rows, d, dw, write } => {
                 write!(f, "{rows}x{d}{}{}", if dw { " dw" } else { "" }, sign(write))

@@ -149,6 +149,12 @@ impl<'b, B: Train> PreparedTrain<'b, B> {
             (GluBwd { act, .. }, [dgate, dup, dz, gate, up], ..) => {
                 be.glu_bwd(out(dgate), out(dup), all(dz), all(gate), all(up), act)
             }
+            (MulRows { n, .. }, [y, a, x], ..) => be.mul_rows(out(y), all(a), all(x), n),
+            (SubtractOuter { n, .. }, [a, v], ..) => be.subtract_outer(out(a), all(v), n, 1.0),
+            (MeanRows { means, each, d }, [y, x], ..) => {
+                let ranges: Vec<_> = (0..means).map(|i| i * each..(i + 1) * each).collect();
+                be.mean_rows(out(y), all(x), &ranges, d)
+            }
             (LayerNorm { .. }, [x, w, b], [y], _) => be.layer_norm(out(y), all(x), w, b, EPS),
             (LayerNormBwd { dw: asked, write, .. }, [dx, dw, dy, x, w], ..) => {
                 be.layer_norm_bwd(out(dx), asked.then(|| out(dw)), all(dy), all(x), w, EPS, write)
