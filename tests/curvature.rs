@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use quadriga::backend::cpu::{Compute, Cpu, Tier};
 use quadriga::backend::naive::Naive;
-use quadriga::backend::{Buffer, Curvature, Train};
+use quadriga::backend::{Buffer, Train};
 use quadriga::dtype::{Elem, Float, Real};
 use quadriga::rlhf::{OnePass, Precision, Rule, Settings, on_device};
 use quadriga::rng::Rng;
@@ -134,7 +134,8 @@ fn learns_as_on_the_host<B: Train>(be: B) {
     for rule in [Rule::Explicit, Rule::Implicit] {
         let settings = Settings { rule, forget: 0.999, ..Settings::default() };
         let mut host = OnePass::new(d, settings.clone()).unwrap();
-        let mut device = |precision| OnePass::with(on_device(be.clone(), d, precision).unwrap(), settings.clone()).unwrap();
+        let mut device =
+            |precision| OnePass::with(on_device(be.clone(), d, precision).unwrap(), settings.clone()).unwrap();
         let mut both = [(device(Precision::F64), 1e-9), (device(Precision::F32), 1e-3)];
         for (z, y) in comparisons(d, 200) {
             host.update(&z, y).unwrap();
@@ -145,11 +146,21 @@ fn learns_as_on_the_host<B: Train>(be: B) {
             let worst = one.theta().iter().zip(host.theta()).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
             assert!(worst <= bound * size, "{worst:e} of {size}");
             let state = one.state().unwrap();
-            let mut again = OnePass::restore(state.clone(), Some(on_device(be.clone(), d, if *bound < 1e-6 { Precision::F64 } else { Precision::F32 }).unwrap())).unwrap();
+            let mut again = OnePass::restore(
+                state.clone(),
+                Some(on_device(be.clone(), d, if *bound < 1e-6 { Precision::F64 } else { Precision::F32 }).unwrap()),
+            )
+            .unwrap();
             assert_eq!(again.state().unwrap(), state);
             let z = &comparisons(d, 201)[200].0;
             assert_eq!(again.update(z, 1.0).unwrap().after, {
-                let mut first = OnePass::restore(state, Some(on_device(be.clone(), d, if *bound < 1e-6 { Precision::F64 } else { Precision::F32 }).unwrap())).unwrap();
+                let mut first = OnePass::restore(
+                    state,
+                    Some(
+                        on_device(be.clone(), d, if *bound < 1e-6 { Precision::F64 } else { Precision::F32 }).unwrap(),
+                    ),
+                )
+                .unwrap();
                 first.update(z, 1.0).unwrap().after
             });
         }

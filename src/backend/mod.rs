@@ -12,8 +12,8 @@
 
 pub mod cpu;
 pub mod cuda;
-pub mod host;
 mod curvature;
+pub mod host;
 mod mask;
 pub mod naive;
 mod sampling;
@@ -21,9 +21,9 @@ mod train;
 mod unmask;
 mod visible;
 
+pub use curvature::Curvature;
 pub use mask::{Mask, TreeMask};
 pub use sampling::{Accepted, Draw, MAX_SIBLINGS, MAX_TRAVERSED, NO_TOKEN, Order, Penalty, Rule, Trees};
-pub use curvature::Curvature;
 pub use train::{Group, Ranks, Reader, Shrunk, Step, TAIL, Target, Train, Update, Write};
 pub use unmask::{Candidates, Masked, Score, Unmasking};
 pub use visible::Visible;

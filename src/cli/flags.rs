@@ -243,24 +243,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub top_logits: usize,
     #[command(flatten)]
-    pub best: BestArgs,
-}
-
-/// The best of several answers, by a learnt reward.
-#[derive(Args)]
-pub(super) struct BestArgs {
-    /// A reward that `align` or `chat --reward` has learnt: the best of several answers by it.
-    #[arg(long, value_name = "FILE")]
-    pub reward: Option<PathBuf>,
-    /// Answers that are written, at most.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub best_of: usize,
-    /// Write no more once another answer is expected to raise the reward by less than this.
-    #[arg(long, default_value_t = 0.0)]
-    pub gain: f64,
-    /// Standard deviations by which an uncertain reward counts less.
-    #[arg(long, default_value_t = 0.0)]
-    pub pessimism: f64,
+    pub best: super::generate::BestArgs,
 }
 
 #[derive(Args)]

@@ -1,8 +1,9 @@
 //! `quadriga generate`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::flags::{Common, DecoderFlag, GenerateArgs, SamplingArgs};
@@ -11,6 +12,23 @@ use crate::backend::cpu::{Tier, logits::top_k};
 use crate::engine::align::{Answer, Answering, BestOf, Item};
 use crate::engine::{Engine, Generate, Message, Session};
 use crate::error::{Error, ErrorKind, Result, bail};
+
+/// The best of several answers, by a learnt reward.
+#[derive(Args)]
+pub(super) struct BestArgs {
+    /// A reward that `align` or `chat --reward` has learnt: the best of several answers by it.
+    #[arg(long, value_name = "FILE")]
+    pub reward: Option<PathBuf>,
+    /// Answers that are written, at most.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub best_of: usize,
+    /// Write no more once another answer is expected to raise the reward by less than this.
+    #[arg(long, default_value_t = 0.0)]
+    pub gain: f64,
+    /// Standard deviations by which an uncertain reward counts less.
+    #[arg(long, default_value_t = 0.0)]
+    pub pessimism: f64,
+}
 
 pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
     let (how, sampler) = (how(&args.sampling)?, args.sampling.sampler()?);

@@ -74,6 +74,7 @@ pub use crate::format::Message;
 use crate::format::{ChatTemplate, Checkpoint, Tokenizer};
 use crate::model::roles::TensorSource;
 use crate::model::{Model, ModelConfig};
+pub use crate::rlhf;
 pub use crate::speculative::adapt::{Deploy, LearnStats, Learning, Spend};
 pub use crate::speculative::train::{Agreement, HeadEvent};
 use erased::{AnyModel, Shared};

@@ -7,8 +7,10 @@ using test::Array, test::Compare, test::randomise;
 namespace {
 template <class T, class Mul, class Outer>
 void matrices(const char* mul, const char* outer) {
-  const u32 sizes[][3] = {{1, 1, 1}, {9, 33, 2}, {40, 300, 1}, {7, 129, 3}};
-  for (auto [m, n, b] : sizes) {
+  struct Shape {
+    u32 m, n, b;
+  };
+  for (auto [m, n, b] : {Shape{1, 1, 1}, Shape{9, 33, 2}, Shape{40, 300, 1}, Shape{7, 129, 3}}) {
     test::Rng rng(n);
     Array<T> a(m * n), x(b * n), y(b * m), p(n * n);
     a.fill([&](size_t) { return T(rng.normal()); });
@@ -25,7 +27,7 @@ void matrices(const char* mul, const char* outer) {
     for (double scale : {1.0, 1.0 / 0.99}) {
       p.fill([&](size_t i) { return T(i % n == i / n ? 10 : 0); });
       const Outer args{{p.p}, {x.p}, scale, b, n};
-      test::launch(outer, args, {(n + 255) / 256, (n + 15) / 16}, 256);
+      test::launch(outer, args, dim3{(n + 255) / 256, (n + 15) / 16, 1}, 256);
       Compare d;
       for (u32 i = 0; i < n; i++)
         for (u32 j = 0; j < n; j++) {

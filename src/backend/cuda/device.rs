@@ -382,7 +382,7 @@ const TABLES: usize = 64 << 20;
 /// Buffers that ops share: what the host sends with a pass, and scratch. Each grows to the largest pass.
 #[derive(Default)]
 pub(super) struct Small {
-    entries: [Entry; Slot::Ends as usize + 1],
+    entries: [Entry; Slot::Ranges as usize + 1],
     tables: HashMap<Vec<u8>, CudaBuf<u8>>,
     table_bytes: usize,
 }

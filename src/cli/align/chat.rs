@@ -9,10 +9,10 @@ use super::deploy::Person;
 use crate::cli::flags::{ChatArgs, Common};
 use crate::cli::out;
 use crate::engine::align::{Aligner, Answering, Features, Item, RewardModel};
+use crate::engine::rlhf::Second;
 use crate::engine::{Engine, Generate, Message};
 use crate::error::{ErrorKind, Result, ensure};
 use crate::format::ChatTemplate;
-use crate::rlhf::Second;
 
 pub(in crate::cli) fn chat(
     common: &Common,

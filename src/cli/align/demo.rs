@@ -18,9 +18,9 @@ use crate::engine::align::{
     Aligner, Answering, Ask, BestOf, Comparison, Curve, Deployed, Features, Form, HeldOut, Item, Prefer, RewardModel,
     RewardOptions, Scored, Scripted, active, baselines, order, simulate,
 };
+use crate::engine::rlhf::judge::{Bradley, Judge};
+use crate::engine::rlhf::{FeatureSpec, OnePass, Pooling, Second, Settings};
 use crate::error::Result;
-use crate::rlhf::judge::{Bradley, Judge};
-use crate::rlhf::{FeatureSpec, OnePass, Pooling, Second, Settings};
 
 /// Show all of it on one model: answers, features, one pass beside a full refit, chosen questions, deployment, a restart, and then you.
 /// Exit status 1 if a check fails.
@@ -442,7 +442,7 @@ fn person(common: &Common, a: &DemoArgs, engine: &Engine, w: World, answering: &
 fn self_tests() -> Result<Checks> {
     let near = |a: f64, b: f64| (a - b).abs() < 1e-10;
     let step = |rule, lambda: f64| OnePass::new(3, Settings { rule, eta: 1.0, lambda, ..Settings::default() });
-    let mut one = step(crate::rlhf::Rule::Explicit, 1.0)?;
+    let mut one = step(crate::engine::rlhf::Rule::Explicit, 1.0)?;
     one.update(&[1.0, 0.0, -1.0], 1.0)?;
     one.update(&[0.5, -0.5, 0.0], 0.0)?;
     let theta = [0.127977201969, 0.242959216381, -0.370936418350];
@@ -451,8 +451,8 @@ fn self_tests() -> Result<Checks> {
         let p = one.state()?.inverse;
         (0..3).all(|i| (0..3).all(|j| p[3 * i + j].to_bits() == p[3 * j + i].to_bits()))
     };
-    let mut a = step(crate::rlhf::Rule::Implicit, 1.0)?;
-    let mut b = step(crate::rlhf::Rule::Implicit, 1.0)?;
+    let mut a = step(crate::engine::rlhf::Rule::Implicit, 1.0)?;
+    let mut b = step(crate::engine::rlhf::Rule::Implicit, 1.0)?;
     let s = a.update(&[1.0, 0.5, 0.0], 1.0)?;
     b.update(&[-1.0, -0.5, 0.0], 0.0)?;
     let flipped = a.theta() == b.theta();

@@ -11,8 +11,8 @@ use crate::cli::drafting::DraftArgs;
 use crate::cli::flags::Common;
 use crate::cli::out;
 use crate::engine::align::{Aligner, Deployment, Item, Prefer, RewardModel, RoundRow, Scripted, order, read_prompts};
+use crate::engine::rlhf::{Shown, slope_loglog};
 use crate::error::{Error, ErrorKind, Result, bail, ensure};
-use crate::rlhf::{Shown, slope_loglog};
 
 /// Learn a taste while answering: of several answers the best is shown and, only where it may be worth asking, a second one. State:
 /// OUT/reward.safetensors; rounds: OUT/rounds.jsonl. A run that was ended goes on where it was.

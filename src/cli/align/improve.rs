@@ -10,10 +10,10 @@ use crate::cli::flags::{Common, LoraShape};
 use crate::cli::out;
 use crate::cli::train::{RunArgs, StepBar};
 use crate::engine::align::{Answering, BestOf, Features, Item, RewardModel, Scripted, order, read_prompts};
+use crate::engine::rlhf::Tokens;
 use crate::engine::{DataSettings, Engine, Lora, Method, PreferenceRun, TrainRun};
 use crate::error::{Error, ErrorKind, Result, ensure};
 use crate::files::write_file;
-use crate::rlhf::Tokens;
 use crate::train::run::Event;
 use crate::train::{Plan, Settings};
 

@@ -17,10 +17,10 @@ use super::drafting::DraftArgs;
 use super::flags::Common;
 use crate::decode::Sampler;
 use crate::engine::align::{Answering, Features, Form, RewardModel, RewardOptions};
+use crate::engine::rlhf::judge::{Bradley, Judge};
+use crate::engine::rlhf::{FeatureSpec, Pooling, Precision, Rule, Second, Settings};
 use crate::engine::{Draft, Engine, Generate};
 use crate::error::{Error, ErrorKind, Result, ensure};
-use crate::rlhf::judge::{Bradley, Judge};
-use crate::rlhf::{FeatureSpec, Pooling, Precision, Rule, Second, Settings};
 
 pub(super) use chat::chat;
 

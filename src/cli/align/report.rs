@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use crate::cli::out;
 use crate::engine::align::{Curve, Mark};
+use crate::engine::rlhf::Progress;
 use crate::error::Result;
 use crate::files::write_file;
-use crate::rlhf::Progress;
 use crate::train::chart::{COLOURS, Chart};
 
 /// Curves of accuracy against comparisons, as a picture whose axis counts in powers of ten.
@@ -58,7 +58,7 @@ pub(super) fn table(curves: &[&Curve], what: &str, of: &dyn Fn(&Mark) -> Option<
 /// Predicted against true shares, in five bins.
 pub(super) fn calibration(progress: &Progress) -> String {
     let bins = progress.bins();
-    let cell = |b: &crate::rlhf::Bin| match b.count {
+    let cell = |b: &crate::engine::rlhf::Bin| match b.count {
         0 => "-".into(),
         n => format!("{:.2}>{:.2} ({n})", b.predicted / n as f64, b.observed / n as f64),
     };
