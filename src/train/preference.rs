@@ -186,7 +186,8 @@ impl Margins {
     /// pairs kept whatever they said) this is an unbiased estimate of KL(π_ref ‖ π), which may come out negative; for other answers it is no more than how
     /// much less likely they have become. It is not KL(π ‖ π_ref): that takes answers of the policy's own.
     pub fn kl(&self) -> f64 {
-        -(self.chosen + self.rejected) / 2.0
+        // 0 minus: no negative zero before anything was learnt.
+        0.0 - (self.chosen + self.rejected) / 2.0
     }
 }
 
