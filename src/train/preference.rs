@@ -166,8 +166,10 @@ impl Margins {
         let loss = if margin.is_finite() { dpo(a, beta).0 } else { f64::NAN };
         self.pairs += 1;
         self.accuracy += f64::from(margin > 0.0);
-        let sums = [(&mut self.loss, loss), (&mut self.margin, margin), (&mut self.chosen, chosen)];
-        sums.into_iter().chain([(&mut self.rejected, rejected)]).for_each(|(to, x)| *to += x);
+        self.loss += loss;
+        self.margin += margin;
+        self.chosen += chosen;
+        self.rejected += rejected;
     }
 
     fn mean(self) -> Self {
