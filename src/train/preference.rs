@@ -68,7 +68,7 @@ impl Pairs {
     /// Adds to the trainer's gradients that of the pairs' DPO losses, each times `weight`. Returns what policy and reference say of each.
     ///
     /// # Errors
-    /// A pass that is longer than the trainer's; the device's. Log-probabilities that are not finite are none here: they make the loss so.
+    /// A pass that is longer than the trainer's; the device's. Log-probabilities that are not finite are no error here: [`dpo_step`] finds them.
     pub fn accumulate<B: Train>(
         &self,
         trainer: &mut Trainer<B>,
