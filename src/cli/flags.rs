@@ -131,6 +131,11 @@ pub(super) enum Train {
     /// layout.
     Draft(TrainDraftArgs),
     /// A low-rank adapter that prefers the chosen of two answers to the rejected one (DPO); result: OUT/adapter, a PEFT folder.
+    #[command(
+        mut_arg("data", |a| a.help("Pairs to learn from: .jsonl or .jsonl.gz with prompt, chosen and rejected")),
+        mut_arg("max_length", |a| a.help("Most tokens of a prompt with its longer answer")),
+        mut_arg("chat", |a| a.help("Refuse a model without a chat form; where there is one, prompts are turns of it anyway"))
+    )]
     Dpo(super::train_dpo::DpoArgs),
     /// A masked diffusion model, from one or from an autoregressive model; result: OUT/model, or OUT/adapter.
     Diffusion(super::train_diffusion::TrainDiffusionArgs),

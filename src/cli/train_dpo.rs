@@ -82,7 +82,7 @@ pub(super) fn run(common: &Common, args: &DpoArgs) -> Result<()> {
     if let (Some(m), Some([before, after])) = (ended.held_out, o.held_out) {
         out::print(&format!(
             "held-out loss {before:.4} before, {after:.4} after; {:.1} % of {} pairs prefer the chosen answer, margin {:.3}\n\
-             ln of the odds of policy to reference: chosen {:+.3}, rejected {:+.3} nats an answer\n",
+             ln of policy over reference: chosen {:+.3}, rejected {:+.3} nats an answer\n",
             100.0 * m.accuracy,
             m.pairs,
             m.margin,

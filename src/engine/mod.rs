@@ -77,6 +77,8 @@ use crate::model::{Model, ModelConfig};
 pub use crate::rlhf;
 pub use crate::speculative::adapt::{Deploy, LearnStats, Learning, Spend};
 pub use crate::speculative::train::{Agreement, HeadEvent};
+pub use crate::train::data::PreferenceText;
+pub use crate::train::preference::Margins;
 use erased::{AnyModel, Shared};
 
 /// Where a model runs.

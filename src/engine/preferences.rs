@@ -25,7 +25,7 @@ pub struct PreferenceRun {
     /// Strength β of the reference.
     #[serde(default = "beta")]
     pub beta: f64,
-    /// Rows of [`PreferenceText`](crate::train::data::PreferenceText).
+    /// Rows of [`PreferenceText`](super::PreferenceText).
     pub data: PathBuf,
     /// Held-out rows, if any.
     #[serde(default)]

@@ -68,7 +68,7 @@ impl Pairs {
     /// Adds to the trainer's gradients that of the pairs' DPO losses, each times `weight`. Returns what policy and reference say of each.
     ///
     /// # Errors
-    /// A pass that is longer than the trainer's; the device's. Log-probabilities that are not finite are none here: they make the loss so.
+    /// A pass that is longer than the trainer's; the device's. Log-probabilities that are not finite are no error here: [`dpo_step`] finds them.
     pub fn accumulate<B: Train>(
         &self,
         trainer: &mut Trainer<B>,
@@ -166,8 +166,10 @@ impl Margins {
         let loss = if margin.is_finite() { dpo(a, beta).0 } else { f64::NAN };
         self.pairs += 1;
         self.accuracy += f64::from(margin > 0.0);
-        let sums = [(&mut self.loss, loss), (&mut self.margin, margin), (&mut self.chosen, chosen)];
-        sums.into_iter().chain([(&mut self.rejected, rejected)]).for_each(|(to, x)| *to += x);
+        self.loss += loss;
+        self.margin += margin;
+        self.chosen += chosen;
+        self.rejected += rejected;
     }
 
     fn mean(self) -> Self {
@@ -186,7 +188,8 @@ impl Margins {
     /// pairs kept whatever they said) this is an unbiased estimate of KL(π_ref ‖ π), which may come out negative; for other answers it is no more than how
     /// much less likely they have become. It is not KL(π ‖ π_ref): that takes answers of the policy's own.
     pub fn kl(&self) -> f64 {
-        -(self.chosen + self.rejected) / 2.0
+        // 0 minus: no negative zero before anything was learnt.
+        0.0 - (self.chosen + self.rejected) / 2.0
     }
 }
 
