@@ -124,7 +124,7 @@ pub(super) fn run(common: &Common, a: &ActiveArgs) -> Result<()> {
     let mut runs: Vec<(&str, Active)> = Vec::new();
     for (name, &ask) in a.ask.iter().zip(&asks) {
         let bar = out::bar(a.budget.min(zs.len()) as u64, "comparisons");
-        let learner = RewardModel::new(&engine, options.clone())?.into_learner();
+        let learner = reward.untaught(options.learner.clone())?;
         let run =
             active(learner, &zs, &groups, ask, a.budget, common.seed, &mut |k| Ok(label(k)), &held_out, &mut |t| {
                 bar.set_position(t)

@@ -174,9 +174,13 @@ impl RewardModel {
         &self.learner
     }
 
-    /// The learner, without what is around it.
-    pub fn into_learner(self) -> OnePass {
-        self.learner
+    /// A learner for the same features, on the same device, that has learnt nothing.
+    ///
+    /// # Errors
+    /// Impossible settings; the device's.
+    pub fn untaught(&self, settings: Settings) -> Result<OnePass> {
+        let inverse = self.engine.0.model.inverse(self.scale.width(), self.header.options.precision)?;
+        OnePass::with(inverse, settings)
     }
 
     /// The scale of its features.

@@ -26,6 +26,8 @@ pub struct Mark {
     pub seconds: f64,
     /// Median microseconds of the updates since the mark before.
     pub update_us: f64,
+    /// Milliseconds until its weights could be read: those of a refit.
+    pub weights_ms: f64,
     /// Mean score, by the judge, of the answer with the highest reward, over held-out prompts; where a judge scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub best: Option<f64>,
@@ -240,7 +242,7 @@ pub fn baselines(
         let mut learner: Box<dyn Learner> = match name {
             "explicit" | "implicit" => {
                 let rule = if name == "explicit" { Rule::Explicit } else { Rule::Implicit };
-                Box::new(OnePass::new(d, Settings { rule, ..settings.clone() })?)
+                Box::new(reward.untaught(Settings { rule, ..settings.clone() })?)
             }
             "mle" => Box::new(Mle::new(d, settings.lambda, settings.bound)?),
             "sgd" => Box::new(Sgd::new(d, Rate::Constant(1e-3), 32)?),
@@ -272,11 +274,13 @@ fn curve(
         let mut took = start.elapsed().as_secs_f64();
         if wanted.next_if_eq(&t).is_some() {
             let start = Instant::now();
-            let theta = learner.weights()?;
-            took += start.elapsed().as_secs_f64();
             since.push(took);
+            let theta = learner.weights()?;
+            let weights = start.elapsed().as_secs_f64();
+            took += weights;
             seconds += took;
-            out.push(mark(t, &theta, held, seconds, &mut since));
+            let mark = mark(t, &theta, held, seconds, &mut since);
+            out.push(Mark { weights_ms: 1e3 * weights, ..mark });
             on(name, t);
         } else {
             since.push(took);
@@ -292,7 +296,7 @@ pub fn mark(t: u64, theta: &[f64], held: &HeldOut, seconds: f64, since: &mut Vec
     since.sort_by(f64::total_cmp);
     let update_us = since.get(since.len() / 2).map_or(f64::NAN, |s| 1e6 * s);
     since.clear();
-    Mark { comparisons: t, accuracy, log_loss, seconds, update_us, best }
+    Mark { comparisons: t, accuracy, log_loss, seconds, update_us, weights_ms: 0.0, best }
 }
 
 /// Which comparison of a pool is asked next.
