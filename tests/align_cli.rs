@@ -210,7 +210,8 @@ fn a_person_answers_in_a_file_and_in_a_chat() {
     // The file ends before the prompts do: what was said is kept.
     assert_eq!((v["rounds"].as_u64(), v["comparisons"].as_u64()), (Some(5), Some(4)));
     fs::write(dir.path().join("said"), "1\nmaybe\n").unwrap();
-    let other = [&args[..args.len() - 1], &[&at("other")]].concat();
+    let other = at("other");
+    let other = [&args[..args.len() - 1], &[&other]].concat();
     assert!(refused(&other).contains("said, line 2: \"maybe\" is no answer"));
 
     let llama = common::root().join("models/tiny-llama");

@@ -149,6 +149,7 @@ pub(super) enum Bench {
     Kernels(BenchKernelsArgs),
     /// Steps of training over random tokens, beside what matrix products reach.
     Train(BenchTrainArgs),
+    Reward(super::bench_reward::BenchRewardArgs),
     /// A stream of prompts, one kind after another, with drafts that learn beside one that does not. Exit status 1 if any text differs.
     Online(Box<super::bench_online::BenchOnlineArgs>),
 }

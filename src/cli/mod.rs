@@ -11,6 +11,7 @@ mod bench_adapters;
 mod bench_decode;
 mod bench_kernels;
 mod bench_online;
+mod bench_reward;
 mod bench_train;
 mod chat;
 mod diffusion;
@@ -89,6 +90,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Bench(Bench::Decode(a)) => bench_decode::run(common, a),
         Command::Bench(Bench::Kernels(a)) => bench_kernels::run(common, a),
         Command::Bench(Bench::Online(a)) => return bench_online::run(common, a),
+        Command::Bench(Bench::Reward(a)) => bench_reward::run(common, a),
         Command::Bench(Bench::Train(a)) => bench_train::run(common, a),
     }?;
     Ok(ExitCode::SUCCESS)
