@@ -54,6 +54,23 @@ pub(super) struct DraftArgs {
     pub steps_ahead: usize,
 }
 
+impl Default for DraftArgs {
+    /// As the flags have it.
+    fn default() -> Self {
+        Self {
+            decoder: None,
+            draft: "auto".into(),
+            draft_nodes: 0,
+            draft_depth: 16,
+            draft_width: 4,
+            learn: None,
+            draft_state: None,
+            judge: None,
+            steps_ahead: StepSettings::default().ahead,
+        }
+    }
+}
+
 impl DraftArgs {
     /// The steps of a judged draft, if that is what drafts.
     pub fn steps(&self, engine: &Engine) -> Result<Option<Steps>> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{AnswerArgs, RewardArgs, features, folder, judge, report, second};
 use crate::cli::drafting::DraftArgs;
-use crate::cli::flags::Common;
+use crate::cli::flags::{Common, DecoderFlag};
 use crate::cli::out;
 use crate::engine::align::{Aligner, Deployment, Item, Prefer, RewardModel, RoundRow, Scripted, order, read_prompts};
 use crate::engine::rlhf::{Shown, slope_loglog};
@@ -51,8 +51,20 @@ pub(in crate::cli) struct DeployArgs {
     pub answer: AnswerArgs,
     #[command(flatten)]
     pub options: RewardArgs,
-    #[command(flatten)]
-    pub draft: DraftArgs,
+    /// What drafts the answers: auto (the head that was made for the model), lookup, the file or folder of a draft model or head, or
+    /// lookup and one of these (lookup+PATH). The answers are the same.
+    #[arg(long)]
+    pub draft: Option<String>,
+    /// The draft learns from the answers, by a rule: see `generate --learn`.
+    #[arg(long, value_name = "RULE", num_args = 0..=1, require_equals = true, default_missing_value = "auto", requires = "draft")]
+    pub learn: Option<String>,
+}
+
+impl DeployArgs {
+    fn draft(&self) -> Option<DraftArgs> {
+        let draft = self.draft.clone()?;
+        Some(DraftArgs { decoder: Some(DecoderFlag::Spec), draft, learn: self.learn.clone(), ..DraftArgs::default() })
+    }
 }
 
 pub(super) fn run(common: &Common, a: &DeployArgs) -> Result<()> {
@@ -74,7 +86,8 @@ pub(super) fn run(common: &Common, a: &DeployArgs) -> Result<()> {
     let options = if a.reward.is_some() { None } else { Some(a.options.options()) };
     let reward = RewardModel::open(&engine, &path, options)?;
     let features = features(&engine, reward.options().features, &a.out, None)?;
-    let (answering, draft) = a.answer.answering(&engine, Some(&a.draft), common.seed)?;
+    let drafting = a.draft();
+    let (answering, _) = a.answer.answering(&engine, drafting.as_ref(), common.seed)?;
     let mut aligner = Aligner { reward, features, answering, beta: a.beta, second };
     let mut run = Deployment::open(&a.out.join("rounds.jsonl"), &mut aligner, &|text| form.prompt(text))?;
     let done = run.rows.len() as u64;
@@ -97,7 +110,6 @@ pub(super) fn run(common: &Common, a: &DeployArgs) -> Result<()> {
     }
     bar.finish_and_clear();
     aligner.reward.save()?;
-    a.draft.keep(draft.as_ref())?;
     let json = summary(&run.rows, &aligner);
     draw(&a.out.join("regret.svg"), &run.rows)?;
     report::write(&a.out.join("report.json"), &json)?;

@@ -135,7 +135,7 @@ impl AnswerArgs {
         Form::new(engine, self.raw, self.system.clone())
     }
 
-    /// With a draft only where one was asked for: a batch of answers fills the passes by itself.
+    /// With `draft`, where one was asked for: a batch of answers fills the passes by itself.
     pub fn answering(
         &self,
         engine: &Engine,
@@ -146,10 +146,8 @@ impl AnswerArgs {
         ensure!(self.width > 0, Usage, "--width 0 is impossible: expected 1 or more");
         let sampler = self.sampler()?;
         let how = Generate::default().sampler(sampler).max_tokens(self.max_tokens);
-        let wanted =
-            draft.filter(|d| d.decoder.is_some() || d.draft != "auto" || d.learn.is_some() || d.draft_state.is_some());
-        let open = wanted.map(|d| d.open(engine)).transpose()?.flatten();
-        let how = match wanted {
+        let open = draft.map(|d| d.open(engine)).transpose()?.flatten();
+        let how = match draft {
             Some(d) => d.apply(how, sampler, open.as_ref()),
             None => how,
         };
