@@ -212,12 +212,30 @@ impl RewardModel {
         Ok((crate::rlhf::sigmoid(self.learner.reward(&z)), self.learner.variance(&z)?.sqrt()))
     }
 
-    /// Which answer to show, and which beside it, if it is worth asking: see [`deploy`].
+    /// Which answer to show, and which beside it, if it is worth asking: see [`deploy`]. In the warm-up the scale counts these answers
+    /// already: without them the first ones of all would all be alike.
     ///
     /// # Errors
-    /// No answers; the device's.
+    /// No answers, features of another width or not finite; the device's.
     pub fn show(&self, features: &[Vec<f32>], beta: f64, second: Second, rng: &mut Rng) -> Result<Shown> {
-        deploy(&self.learner, &self.rows(features), beta, second, rng)
+        if self.scale.is_frozen() {
+            return deploy(&self.learner, &self.rows(features), beta, second, rng);
+        }
+        let mut scale = self.scale.clone();
+        features.iter().try_for_each(|f| scale.observe(f))?;
+        let (learner, _) = self.relearn(&scale)?;
+        let rows: Vec<f64> = features.iter().flat_map(|f| scale.apply(f)).collect();
+        deploy(&learner, &rows, beta, second, rng)
+    }
+
+    /// A learner that has learnt the warm-up's comparisons under `scale`, and its last step.
+    fn relearn(&self, scale: &Scale) -> Result<(OnePass, Option<Step>)> {
+        let mut learner = fresh(&self.engine, &self.header.options)?;
+        let mut step = None;
+        for Pair(a, b, y) in &self.kept {
+            step = Some(learner.update(&scale.difference(a, b), *y)?);
+        }
+        Ok((learner, step))
     }
 
     /// Learns the scale from features of answers that nobody compared. Nothing once it is frozen.
@@ -290,11 +308,7 @@ impl RewardModel {
         let mut step = None;
         if warm {
             self.kept.extend(round.pair);
-            let mut learner = fresh(&self.engine, &self.header.options)?;
-            for Pair(a, b, y) in &self.kept {
-                step = Some(learner.update(&self.scale.difference(a, b), *y)?);
-            }
-            self.learner = learner;
+            (self.learner, step) = self.relearn(&self.scale)?;
         } else if let Some(Pair(a, b, y)) = &round.pair {
             step = Some(self.learner.update(&self.scale.difference(a, b), *y)?);
             self.header.progress.push(step.as_ref().map_or(0.5, |s| s.probability), *y)?;
