@@ -10,7 +10,7 @@ use super::{AnswerArgs, RewardArgs, features, folder, judge, report};
 use crate::cli::flags::Common;
 use crate::cli::out;
 use crate::engine::align::{
-    Active, Ask, Comparison, Curve, Form, HeldOut, Item, RewardModel, Scripted, active, order, read_pairs,
+    Active, Ask, Comparison, Curve, Form, HeldOut, Item, Questions, RewardModel, Scripted, active, order, read_pairs,
     read_prompts, split,
 };
 use crate::error::{Error, ErrorKind, Result, ensure};
@@ -125,10 +125,13 @@ pub(super) fn run(common: &Common, a: &ActiveArgs) -> Result<()> {
     for (name, &ask) in a.ask.iter().zip(&asks) {
         let bar = out::bar(a.budget.min(zs.len()) as u64, "comparisons");
         let learner = reward.untaught(options.learner.clone())?;
-        let run =
-            active(learner, &zs, &groups, ask, a.budget, common.seed, &mut |k| Ok(label(k)), &held_out, &mut |t| {
-                bar.set_position(t)
-            })?;
+        let run = active(
+            learner,
+            Questions { zs: &zs, groups: &groups, ask, budget: a.budget, seed: common.seed },
+            &mut |k| Ok(label(k)),
+            &held_out,
+            &mut |t| bar.set_position(t),
+        )?;
         bar.finish_and_clear();
         runs.push((name, run));
     }

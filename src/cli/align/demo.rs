@@ -16,7 +16,7 @@ use crate::cli::out;
 use crate::engine::Engine;
 use crate::engine::align::{
     Aligner, Answer, Answering, Ask, BestOf, Comparison, Curve, Deployed, Features, Form, HeldOut, Item, Prefer,
-    RewardModel, RewardOptions, Scored, Scripted, active, baselines, order, simulate,
+    Questions, RewardModel, RewardOptions, Scored, Scripted, active, baselines, order, simulate,
 };
 use crate::engine::rlhf::judge::{Bradley, Judge};
 use crate::engine::rlhf::{FeatureSpec, OnePass, Pooling, Second, Settings};
@@ -301,8 +301,13 @@ fn study(
         let (Some(ask), learner) = (Ask::named(name), reward.untaught(w.options.learner.clone())?) else {
             continue;
         };
-        let run =
-            active(learner, &train_zs, &groups, ask, 200, common.seed, &mut |k| Ok(label(k)), &held, &mut |_| {})?;
+        let run = active(
+            learner,
+            Questions { zs: &train_zs, groups: &groups, ask, budget: 200, seed: common.seed },
+            &mut |k| Ok(label(k)),
+            &held,
+            &mut |_| {},
+        )?;
         asked.push(Curve { name: name.into(), ..run.last });
     }
     let refs: Vec<&Curve> = asked.iter().collect();

@@ -168,7 +168,7 @@ fn folder(out: &Path) -> Result<()> {
 
 fn judge(name: &str, strength: f64) -> Result<Bradley> {
     let judge = Judge::parse(name)?;
-    ensure!(strength > 0.0, Usage, "--strength {strength} is impossible: expected more than 0");
+    ensure!(!strength.is_nan() && strength > 0.0, Usage, "--strength {strength} is impossible: expected more than 0");
     Ok(Bradley::new(judge, strength))
 }
 

@@ -20,4 +20,4 @@ pub use items::{Answer, Answering, Comparison, Features, Form, Item, read_pairs,
 pub use judges::Scripted;
 pub use reward::{RewardModel, RewardOptions};
 pub use simulate::{Deployed, Scored, simulate};
-pub use study::{Active, Ask, Curve, HeldOut, Mark, active, baselines, mark, marks, order, split};
+pub use study::{Active, Ask, Curve, HeldOut, Mark, Questions, active, baselines, mark, marks, order, split};

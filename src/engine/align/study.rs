@@ -341,22 +341,33 @@ pub struct Active {
     pub theta: Vec<f64>,
 }
 
-/// Asks `budget` comparisons of a pool, each chosen by what was learnt before. `zs` are scaled differences; `label` says 1 where the
-/// first answer was preferred.
+/// A pool of comparisons, and how they are asked.
+#[derive(Clone, Copy)]
+pub struct Questions<'a> {
+    /// Scaled differences.
+    pub zs: &'a [Vec<f64>],
+    /// Those of each prompt, by their numbers.
+    pub groups: &'a [Vec<usize>],
+    /// Which comes next.
+    pub ask: Ask,
+    /// At most so many.
+    pub budget: usize,
+    /// Of what is left to chance.
+    pub seed: u64,
+}
+
+/// Asks comparisons of a pool, each chosen by what was learnt before. `label` says 1 where the first answer was preferred.
 ///
 /// # Errors
 /// An empty pool; those of the learner.
 pub fn active(
     mut learner: OnePass,
-    zs: &[Vec<f64>],
-    groups: &[Vec<usize>],
-    ask: Ask,
-    budget: usize,
-    seed: u64,
+    questions: Questions<'_>,
     label: &mut dyn FnMut(usize) -> Result<f64>,
     held: &HeldOut,
     on: &mut dyn FnMut(u64),
 ) -> Result<Active> {
+    let Questions { zs, groups, ask, budget, seed } = questions;
     let n = zs.len();
     ensure!(n > 0, Usage, "a pool of no comparisons");
     let mut rng = Rng::stream(seed, SPLIT);
