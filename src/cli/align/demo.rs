@@ -140,6 +140,7 @@ pub(super) fn run(common: &Common, a: &DemoArgs) -> Result<ExitCode> {
     let tasks = [
         Task { name: "shorter", judge: Judge::Shorter, pool: Pooling::Last },
         Task { name: "first-person", judge: Judge::FirstPerson, pool: Pooling::Mean },
+        Task { name: "fewer-commas", judge: Judge::FewerCommas, pool: Pooling::Mean },
     ];
     let mut reports = Vec::new();
     for task in &tasks {
@@ -259,7 +260,7 @@ fn study(
     let label = |k: usize| w.scripted.says(k as u64, w.train[k].answers.map(|i| w.scores[w.train[k].item][i]));
 
     // One pass beside a full refit, on the same comparisons.
-    let chosen: Vec<usize> = order(w.train.len(), common.seed).into_iter().take(500).collect();
+    let chosen: Vec<usize> = order(w.train.len(), common.seed).into_iter().take(2000).collect();
     let signed = |&k: &usize| {
         let c = &w.train[k];
         let z = reward.scale().difference(feature(c, 0), feature(c, 1));
