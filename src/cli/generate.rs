@@ -165,6 +165,10 @@ pub(super) fn run(common: &Common, args: &GenerateArgs) -> Result<()> {
 /// The best of several answers.
 fn best(common: &Common, args: &GenerateArgs, engine: &Engine, path: &Path, ids: Vec<u32>) -> Result<()> {
     let a = &args.best;
+    let plain = args.sampling.stop.is_empty() && !args.sampling.ignore_eos && args.sampling.context.is_none();
+    if !plain {
+        bail!(Unsupported, "--reward: there is no --stop, --ignore-eos or --context with it");
+    }
     let (reward, mut features) = super::align::read_reward(engine, path)?;
     let mut sampler = args.sampling.sampler()?;
     if sampler.is_greedy() {

@@ -1,5 +1,6 @@
 //! `quadriga align active`.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -62,6 +63,8 @@ pub(super) fn run(common: &Common, a: &ActiveArgs) -> Result<()> {
     ensure!(a.budget > 0, Usage, "--budget 0 is impossible: expected 1 or more");
     let asks = a.ask.iter().map(|name| named(name)).collect::<Result<Vec<Ask>>>()?;
     folder(&a.out)?;
+    let path = a.out.join("reward.safetensors");
+    ensure!(!path.exists(), Usage, "{} is there: give another --out, or move it away", path.display());
     let engine = common.autoregressive()?;
     let form = Form::new(&engine, a.answer.raw, a.answer.system.clone())?;
     let options = a.reward.options();
@@ -100,7 +103,9 @@ pub(super) fn run(common: &Common, a: &ActiveArgs) -> Result<()> {
         None => held,
     };
     let mut reward = RewardModel::new(&engine, options.clone())?;
-    let seen = order(items.len(), common.seed).into_iter().flat_map(|i| items[i].features());
+    let learnt: HashSet<usize> = train.iter().map(|c| c.item).collect();
+    let seen =
+        order(items.len(), common.seed).into_iter().filter(|i| learnt.contains(i)).flat_map(|i| items[i].features());
     let seen: Vec<Vec<f32>> = seen.take(options.warmup as usize).collect();
     reward.observe(&seen)?;
     let mut prompts: Vec<usize> = held.iter().map(|c| c.item).collect();
@@ -141,7 +146,6 @@ pub(super) fn run(common: &Common, a: &ActiveArgs) -> Result<()> {
             reward.tell(feature(&train[k], 0), feature(&train[k], 1), label(k))?;
         }
     }
-    let path = a.out.join("reward.safetensors");
     reward.snapshot(&path)?;
     let curves: Vec<Curve> = runs.iter().map(|(name, r)| Curve { name: (*name).into(), ..r.last.clone() }).collect();
     let curves: Vec<&Curve> = curves.iter().collect();

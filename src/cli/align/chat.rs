@@ -22,6 +22,8 @@ pub(in crate::cli) fn chat(
     path: &Path,
 ) -> Result<()> {
     ensure!(args.best_of > 0, Usage, "--best-of 0 is impossible: expected 1 or more");
+    let plain = args.sampling.stop.is_empty() && !args.sampling.ignore_eos && args.sampling.context.is_none();
+    ensure!(plain, Unsupported, "--reward: there is no --stop, --ignore-eos or --context with it");
     let mut sampler = args.sampling.sampler()?;
     if sampler.is_greedy() {
         // Several greedy answers are one.
@@ -62,10 +64,17 @@ pub(in crate::cli) fn chat(
                 Some(second) => out::print(&format!("1: {first}\n2: {second}\n"))?,
             }
         }
+        if let (true, Some(second)) = (common.json, second) {
+            out::print_json(&json!({"role": "question", "answers": [first, second]}))?;
+        }
+        let mut over = false;
         let y = match second {
             None => None,
             Some(_) => match you.answer() {
-                Err(e) if e.kind() == ErrorKind::Usage => None,
+                Err(e) if e.kind() == ErrorKind::Usage => {
+                    over = true;
+                    None
+                }
                 y => y?,
             },
         };
@@ -79,6 +88,9 @@ pub(in crate::cli) fn chat(
             }))?;
         }
         turns.push(Message::new("assistant", taken));
+        if over {
+            break;
+        }
     }
     aligner.reward.save()
 }

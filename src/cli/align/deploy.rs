@@ -91,6 +91,7 @@ pub(super) fn run(common: &Common, a: &DeployArgs) -> Result<()> {
     let mut aligner = Aligner { reward, features, answering, beta: a.beta, second };
     let mut run = Deployment::open(&a.out.join("rounds.jsonl"), &mut aligner, &|text| form.prompt(text))?;
     let done = run.rows.len() as u64;
+    judge.skip(run.rows.iter().filter(|r| r.second.is_some()).count())?;
     if done > 0 {
         eprintln!("[{done} rounds are there]");
     }
@@ -177,6 +178,13 @@ impl Person {
 }
 
 impl Prefer for Person {
+    fn skip(&mut self, asked: usize) -> Result<()> {
+        if self.from.is_some() {
+            (0..asked).try_for_each(|_| self.line().map(|_| ()))?;
+        }
+        Ok(())
+    }
+
     fn scores(&mut self, _: &Item) -> Result<Option<Vec<f64>>> {
         Ok(None)
     }
@@ -257,7 +265,8 @@ fn summary(rows: &[RoundRow], aligner: &Aligner) -> serde_json::Value {
     let curve = regret(rows);
     let late: Vec<(f64, f64)> = curve.iter().copied().filter(|p| p.0 >= n as f64 / 20.0).collect();
     let median = |k: usize| out::median(rows.iter().map(|r| r.seconds[k]).collect());
-    let learns: Vec<f64> = rows.iter().filter(|r| r.preference.is_some()).map(|r| r.seconds[1]).collect();
+    let learns: Vec<f64> =
+        rows.iter().filter(|r| r.preference.is_some() && r.seconds[1] > 0.0).map(|r| r.seconds[1]).collect();
     json!({
         "rounds": n, "comparisons": aligner.reward.comparisons(),
         "asked": rows.iter().filter(|r| r.second.is_some()).count(), "thirds": thirds,

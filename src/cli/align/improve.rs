@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{AnswerArgs, RewardArgs, features, folder, judge, report};
 use crate::cli::flags::{Common, LoraShape};
@@ -12,7 +13,7 @@ use crate::cli::train::{RunArgs, StepBar};
 use crate::engine::align::{Answering, BestOf, Features, Item, RewardModel, Scripted, order, read_prompts};
 use crate::engine::rlhf::Tokens;
 use crate::engine::{DataSettings, Engine, Lora, Method, PreferenceRun, TrainRun};
-use crate::error::{Error, ErrorKind, Result, ensure};
+use crate::error::{Error, ErrorKind, Result, bail, ensure};
 use crate::files::write_file;
 use crate::train::run::Event;
 use crate::train::{Plan, Settings};
@@ -80,6 +81,7 @@ pub(super) fn run(common: &Common, a: &ImproveArgs) -> Result<()> {
     );
     ensure!(a.answer.answers > 1, Usage, "--answers {}: one answer cannot be ranked", a.answer.answers);
     ensure!(common.adapter.is_none(), Usage, "--adapter: the update trains an adapter of its own");
+    ensure!(a.answer.system.is_none(), Unsupported, "--system: the update's rows have no system message");
     folder(&a.out)?;
     let engine = common.autoregressive()?;
     let form = a.answer.form(&engine)?;
@@ -97,6 +99,7 @@ pub(super) fn run(common: &Common, a: &ImproveArgs) -> Result<()> {
         Some(path) => RewardModel::read(&engine, path)?.options().features,
         None => a.options.options().features,
     };
+    same_run(common, a, &items, &held)?;
     let mut made = features(&engine, spec, &a.out, None)?;
     let (answering, _) = a.answer.answering(&engine, None, common.seed)?;
     answer(&engine, &answering, &mut items, 0, &mut made, &a.out.join("answers.jsonl"), "answers")?;
@@ -123,7 +126,9 @@ pub(super) fn run(common: &Common, a: &ImproveArgs) -> Result<()> {
     answer(&tuned, &answering, &mut after, first, &mut plain, &a.out.join("after.jsonl"), "after")?;
     after.iter_mut().flat_map(|i| &mut i.answers).for_each(|x| x.feature.clear());
     made.fill(&mut after, &mut |_| {})?;
-    let kl = divergence(&engine, &tuned, &after)?;
+    // Draws with filters are not the model's own: of them there is no estimate.
+    let whole = a.answer.temperature == 1.0 && a.answer.top_k == 0 && a.answer.top_p == 1.0;
+    let kl = if whole { divergence(&engine, &tuned, &after)? } else { f64::NAN };
     let json = summary(common, a, &reward, scripted.as_ref(), [&held, &after], kl, loss)?;
     report::write(&a.out.join("report.json"), &json)?;
     if common.json {
@@ -162,6 +167,36 @@ fn answer(
     answering.run(engine, items, first, features, Some(file), &mut |n| bar.set_position(n as u64))?;
     bar.finish_and_clear();
     Ok(())
+}
+
+/// Refuses to go on with stages that another run has done.
+fn same_run(common: &Common, a: &ImproveArgs, items: &[Item], held: &[Item]) -> Result<()> {
+    let path = a.out.join("improve.json");
+    let mut hash = Sha256::new();
+    items.iter().chain(held).for_each(|i| hash.update(format!("{:?}", i.ids)));
+    if let Some(reward) = &a.reward {
+        hash.update(std::fs::read(reward).map_err(|e| Error::io(reward.display(), e))?);
+    }
+    let digest: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    let is = json!({
+        "inputs_sha256": digest, "learnt": items.len(), "judge": a.judge, "strength": a.strength, "comparisons": a.comparisons,
+        "options": a.options.options(), "by": format!("{:?}", a.by), "beta": a.beta, "answers": a.answer.answers, "seed": common.seed,
+        "max_tokens": a.answer.max_tokens, "temperature": a.answer.temperature, "top_p": a.answer.top_p, "raw": a.answer.raw,
+    });
+    if let Ok(text) = std::fs::read(&path) {
+        let was: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let other = is
+            .as_object()
+            .into_iter()
+            .flatten()
+            .find(|(k, v)| was[k.as_str()] != **v && v.to_string() != was[k.as_str()].to_string());
+        if let Some((name, now)) = other {
+            let file = path.display();
+            bail!(Usage, "{file}: the run that is there had {name} {}, not {now}", was[name.as_str()]);
+        }
+        return Ok(());
+    }
+    write_file(&path, |to| Ok(serde_json::to_writer_pretty(to, &is)?))
 }
 
 /// A reward from comparisons that the rule makes of answers that are there.

@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use super::{RewardArgs, features, folder, report};
 use crate::cli::flags::Common;
 use crate::cli::out;
 use crate::engine::align::{
-    Comparison, Curve, Form, HeldOut, RewardModel, baselines, mark, marks, order, read_pairs, split,
+    BASELINES, Comparison, Curve, Form, HeldOut, Item, RewardModel, baselines, mark, marks, order, read_pairs, split,
 };
 use crate::error::{Result, ensure};
+use crate::files::write_file;
 
 /// Comparisons between two snapshots of a reward that learns from a file, which has them all anyway.
 const SNAPSHOT: u64 = 500;
@@ -55,6 +57,12 @@ pub(in crate::cli) struct PassiveArgs {
 pub(super) fn run(common: &Common, a: &PassiveArgs) -> Result<()> {
     let share = a.held_out_share;
     ensure!((0.0..1.0).contains(&share), Usage, "--held-out-share {share} is impossible: expected 0 to less than 1");
+    let names: Vec<&str> = match &a.compare[..] {
+        [one] if one == "all" => BASELINES.to_vec(),
+        names => names.iter().map(String::as_str).collect(),
+    };
+    let alien = names.iter().find(|n| !BASELINES.contains(n));
+    ensure!(alien.is_none(), Usage, "--compare {}: there are {}", alien.unwrap_or(&""), BASELINES.join(", "));
     folder(&a.out)?;
     let path = a.out.join("reward.safetensors");
     ensure!(
@@ -76,6 +84,14 @@ pub(super) fn run(common: &Common, a: &PassiveArgs) -> Result<()> {
         }
     };
     ensure!(!train.is_empty(), Usage, "{}: no pairs are left to learn", a.data.display());
+    let is = digest(common, a, &train, &items);
+    let pairs_of = a.out.join("pairs.sha256");
+    if path.exists() {
+        let was = std::fs::read_to_string(&pairs_of).unwrap_or_default();
+        ensure!(was == is, Usage, "{}: learnt from other pairs, or in another order (--seed)", path.display());
+    } else {
+        write_file(&pairs_of, |to| to.write_all(is.as_bytes()))?;
+    }
     let mut reward = match path.exists() {
         true => RewardModel::read(&engine, &path)?,
         false => RewardModel::new(&engine, a.reward.options())?,
@@ -102,13 +118,16 @@ pub(super) fn run(common: &Common, a: &PassiveArgs) -> Result<()> {
         reward.observe(&seen)?;
     }
     let held_out = HeldOut::new(&reward, &items, &held, &[]);
-    let mut wanted = marks(train.len() as u64);
-    let done = reward.comparisons();
+    let wanted = marks(train.len() as u64);
+    // One round has shown it the scale.
+    let done = reward.rounds() - 1;
     let bar = out::bar(train.len() as u64, "comparisons");
     let (mut curve, mut since, mut seconds) = (Vec::new(), Vec::new(), 0.0);
     for (t, &i) in (1u64..).zip(&order).skip(done as usize) {
         let start = Instant::now();
-        reward.tell(feature(&train[i], 0), feature(&train[i], 1), 1.0)?;
+        // Every other pair from its other side, which is the same lesson, so that predictions are not all of one kind.
+        let (first, y) = if t % 2 == 0 { (0, 1.0) } else { (1, 0.0) };
+        reward.tell(feature(&train[i], first), feature(&train[i], 1 - first), y)?;
         since.push(start.elapsed().as_secs_f64());
         seconds += since.last().copied().unwrap_or(0.0);
         if wanted.contains(&t) {
@@ -120,17 +139,11 @@ pub(super) fn run(common: &Common, a: &PassiveArgs) -> Result<()> {
         bar.set_position(t);
     }
     bar.finish_and_clear();
-    wanted.clear();
     reward.snapshot(&path)?;
     let one_pass = Curve { name: "one-pass".into(), marks: curve, bytes: reward.learner().bytes() };
 
     let zs: Vec<Vec<f64>> =
         order.iter().map(|&i| reward.scale().difference(feature(&train[i], 0), feature(&train[i], 1))).collect();
-    let all = ["mle", "explicit", "implicit", "sgd", "adam", "hvp", "released"];
-    let names: Vec<&str> = match &a.compare[..] {
-        [one] if one == "all" => all.to_vec(),
-        names => names.iter().map(String::as_str).collect(),
-    };
     let bar = out::bar(names.len() as u64 * train.len() as u64, "baselines");
     let others = baselines(&reward, &zs, &held_out, &names, &mut |name, t| {
         let k = names.iter().position(|n| *n == name).unwrap_or(0);
@@ -179,4 +192,15 @@ pub(super) fn run(common: &Common, a: &PassiveArgs) -> Result<()> {
         engine.device()
     );
     Ok(())
+}
+
+/// What decides which comparisons come in which order, as a hash.
+fn digest(common: &Common, a: &PassiveArgs, train: &[Comparison], items: &[Item]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(format!("{} {:?}", common.seed, a.raw));
+    for c in train {
+        hash.update(items[c.item].prompt.as_bytes());
+        c.answers.iter().for_each(|&k| hash.update(format!("\0{}", items[c.item].answers[k].text)));
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -70,7 +70,8 @@ impl BestOf {
             }
         }
         let (answer, scores) = pessimistic(reward.learner(), &reward.rows(&item.features()), pessimism, true)?;
-        let n = item.answers.len() as f64;
+        // Where it stops depends on the rewards, so that only the most there could have been bounds what was chosen.
+        let n = most as f64;
         Ok(Chosen { answer, scores, kl: n.ln() - (n - 1.0) / n })
     }
 }

@@ -46,6 +46,7 @@ impl FeatureCache {
     fn read(path: PathBuf, width: usize) -> Result<Self> {
         let io = |e| Error::io(path.display(), e);
         let file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io)?;
+        ensure!(file.try_lock().is_ok(), Usage, "{}: in use by another process", path.display());
         let record = (KEY + 4 * width + SUM) as u64;
         let whole = file.metadata().map_err(io)?.len() / record;
         let (mut at, mut end) = (HashMap::new(), 0);
@@ -156,6 +157,7 @@ mod tests {
         cache.put(&[1], &answer(&[2, 3]), &[5.0; 3]).unwrap();
         assert!(cache.put(&[1], &answer(&[9]), &[5.0; 2]).is_err());
         let size = fs::metadata(&path).unwrap().len();
+        drop(cache);
         fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(&[7; 20]).unwrap();
         let mut cache = FeatureCache::read(path.clone(), 3).unwrap();
         assert_eq!((cache.len(), fs::metadata(&path).unwrap().len()), (2, size));
@@ -163,6 +165,7 @@ mod tests {
         assert_eq!(cache.get(&[1, 2], &answer(&[3])).unwrap(), Some(vec![0.5, -0.0, f32::MIN_POSITIVE]));
         assert_eq!(cache.get(&[1, 2], &Tokens { ids: vec![3], end: None }).unwrap(), None);
         assert_eq!(cache.found, [2, 1]);
+        drop(cache);
         // Damage in the middle is no torn end.
         let mut bytes = fs::read(&path).unwrap();
         bytes[20] ^= 1;

@@ -69,9 +69,10 @@ impl Aligner {
     }
 }
 
-/// Keeps one of answers that are the same, and no empty one.
+/// Keeps one of answers that are the same, and an empty one only where there is nothing else.
 fn distinct(item: &mut Item) {
     let mut seen: Vec<Vec<u32>> = Vec::new();
+    let empty = item.answers.iter().find(|a| !a.feature.is_empty()).cloned();
     item.answers.retain(|a| {
         let new = !a.text.trim().is_empty() && !seen.contains(&a.tokens.ids);
         if new {
@@ -79,6 +80,9 @@ fn distinct(item: &mut Item) {
         }
         new
     });
+    if item.answers.is_empty() {
+        item.answers.extend(empty);
+    }
 }
 
 /// One answer of a round, as its row has it.
@@ -116,7 +120,7 @@ pub struct RoundRow {
     /// 1: the first was preferred, 0: the second, 1/2: neither.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preference: Option<f64>,
-    /// Seconds that writing the answers took, and learning.
+    /// Seconds that writing the answers took, and learning: 0 in the file, whose row is written before.
     pub seconds: [f64; 2],
     /// Tokens a pass of the model gave.
     pub tokens_per_forward: f64,
@@ -141,6 +145,14 @@ pub trait Prefer {
     /// # Errors
     /// A judge that cannot.
     fn scores(&mut self, item: &Item) -> Result<Option<Vec<f64>>>;
+
+    /// A run goes on in which so many questions were asked before.
+    ///
+    /// # Errors
+    /// A file of answers that cannot be read.
+    fn skip(&mut self, _asked: usize) -> Result<()> {
+        Ok(())
+    }
 
     /// Shows the round, and asks where there is a second answer.
     ///

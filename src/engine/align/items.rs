@@ -7,11 +7,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::cache::FeatureCache;
 use super::rollouts::{Rolled, Rollouts};
 use crate::decode::DecodeStats;
-use crate::engine::erased::AnyExtractor;
+use crate::engine::erased::{AnyExtractor, Decode};
 use crate::engine::{Engine, Finish, Generate, Message};
 use crate::error::{Error, ErrorKind, Result, bail, ensure};
 use crate::rlhf::{FeatureSpec, Tokens};
@@ -290,6 +291,8 @@ pub struct Answering {
 struct Written {
     item: usize,
     answer: usize,
+    /// Of the prompt, the model and how it was answered.
+    key: String,
     cut: bool,
     text: String,
     ids: Vec<u32>,
@@ -312,7 +315,8 @@ impl Answering {
         file: Option<&Path>,
         on: &mut dyn FnMut(usize),
     ) -> Result<DecodeStats> {
-        let mut to = file.map(|path| self.read(path, items, on)).transpose()?;
+        let keys = self.keys(engine, items, first)?;
+        let mut to = file.map(|path| self.read(path, items, &keys, on)).transpose()?;
         let todo: Vec<usize> = (0..items.len()).filter(|&i| items[i].answers.len() < self.each).collect();
         todo.iter().for_each(|&i| items[i].answers.clear());
         let prompts: Vec<Vec<u32>> = todo.iter().map(|&i| items[i].ids.clone()).collect();
@@ -340,7 +344,8 @@ impl Answering {
             }
             if let (Some(file), Some(path)) = (&mut to, file) {
                 let Tokens { ids, end } = tokens.clone();
-                let row = Written { item: todo[p], answer: k, cut, text: text.clone(), ids, end };
+                let (item, key) = (todo[p], keys[todo[p]].clone());
+                let row = Written { item, answer: k, key, cut, text: text.clone(), ids, end };
                 let line = serde_json::to_string(&row).map_err(std::io::Error::from);
                 line.and_then(|l| writeln!(file, "{l}")).map_err(|e| Error::io(path.display(), e))?;
             }
@@ -387,8 +392,22 @@ impl Answering {
         features.fill(std::slice::from_mut(item), &mut |_| {})
     }
 
+    /// What an item's answers depend on, as a hash.
+    fn keys(&self, engine: &Engine, items: &[Item], first: u64) -> Result<Vec<String>> {
+        let model = engine.fingerprint()?;
+        let sampler = match &self.how.decode {
+            Decode::Autoregressive(s) | Decode::Speculative(s, ..) | Decode::Steps(s, _) => *s,
+        };
+        let of = |(i, item): (usize, &Item)| {
+            let number = first + i as u64;
+            let all = format!("{model} {sampler:?} {} {} {number} {:?}", self.how.max_tokens, self.seed, item.ids);
+            Sha256::digest(all).iter().take(8).map(|b| format!("{b:02x}")).collect()
+        };
+        Ok(items.iter().enumerate().map(of).collect())
+    }
+
     /// Takes what the file has; a torn last line is cut off.
-    fn read(&self, path: &Path, items: &mut [Item], on: &mut dyn FnMut(usize)) -> Result<File> {
+    fn read(&self, path: &Path, items: &mut [Item], keys: &[String], on: &mut dyn FnMut(usize)) -> Result<File> {
         let io = |e| Error::io(path.display(), e);
         let file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
         let mut found: Vec<Vec<Option<Answer>>> = vec![vec![None; self.each]; items.len()];
@@ -402,15 +421,11 @@ impl Answering {
             let row: Written = serde_json::from_slice(&text).map_err(|e| {
                 Error::new(ErrorKind::Usage, e.to_string()).at(format!("{}, line {line}", path.display()))
             })?;
-            let place = found.get_mut(row.item).and_then(|i| i.get_mut(row.answer));
+            let known = keys.get(row.item) == Some(&row.key);
+            let place = found.get_mut(row.item).and_then(|i| i.get_mut(row.answer)).filter(|_| known);
             let Some(place) = place else {
-                bail!(
-                    Usage,
-                    "{}, line {line}: answer {} to prompt {} of another run",
-                    path.display(),
-                    row.answer,
-                    row.item
-                );
+                let what = "an answer of another run: to another prompt, by another model, or written otherwise";
+                bail!(Usage, "{}, line {line}: {what}", path.display());
             };
             let tokens = Tokens { ids: row.ids, end: row.end };
             *place = Some(Answer { text: row.text, tokens, cut: row.cut, feature: Vec::new() });

@@ -20,4 +20,6 @@ pub use items::{Answer, Answering, Comparison, Features, Form, Item, read_pairs,
 pub use judges::Scripted;
 pub use reward::{RewardModel, RewardOptions};
 pub use simulate::{Deployed, Scored, simulate};
-pub use study::{Active, Ask, Curve, HeldOut, Mark, Questions, active, baselines, mark, marks, order, split};
+pub use study::{
+    Active, Ask, BASELINES, Curve, HeldOut, Mark, Questions, active, baselines, mark, marks, order, split,
+};

@@ -99,6 +99,7 @@ impl RewardModel {
         let (layers, d) = (engine.config().layers, engine.config().hidden);
         let tap = options.features.tap(layers);
         ensure!(tap <= layers, Usage, "features at the input of layer {tap}: the model has {layers}");
+        ensure!(options.warmup >= 2, Usage, "a warm-up of {} features: a scale needs 2 at least", options.warmup);
         let learner = fresh(engine, &options)?;
         let header =
             Header { format: FORMAT, model: engine.fingerprint()?, rounds: 0, progress: Progress::default(), options };
@@ -250,12 +251,13 @@ impl RewardModel {
     }
 
     /// Learns that of two answers with these features the first was preferred (`y` = 1), or the second (0), or neither (1/2). What it
-    /// returns has the prediction before.
+    /// returns has the prediction before. In the warm-up the scale learns from them, too.
     ///
     /// # Errors
     /// A feature of another width or not finite, a `y` outside 0 to 1; the file's, nothing is learnt then.
     pub fn tell(&mut self, first: &[f32], second: &[f32], y: f64) -> Result<Step> {
-        let step = self.learn(&[], Some((first, second, y)))?;
+        let seen = if self.scale.is_frozen() { Vec::new() } else { vec![first.to_vec(), second.to_vec()] };
+        let step = self.learn(&seen, Some((first, second, y)))?;
         step.ok_or_else(|| Error::new(ErrorKind::Shape, "a comparison gave no step"))
     }
 
@@ -275,17 +277,33 @@ impl RewardModel {
 
     fn round(&mut self, round: Round) -> Result<Option<Step>> {
         self.check(&round)?;
-        if let Some(Store { path, log, logged }) = &mut self.store {
-            let line = line(self.header.rounds, &round)?;
-            let written = log.write_all(line.as_bytes()).and_then(|()| log.sync_data());
-            written.map_err(|e| Error::io(log_path(path).display(), e))?;
-            *logged += 1;
+        let line = line(self.header.rounds, &round)?;
+        // What fails behind the line takes it back: no line is left that was not learnt, and none that is not whole.
+        let before = match &mut self.store {
+            None => None,
+            Some(Store { path, log, .. }) => {
+                let io = |e| Error::io(log_path(path).display(), e);
+                let before = log.metadata().map_err(io)?.len();
+                if let Err(e) = log.write_all(line.as_bytes()).and_then(|()| log.sync_data()) {
+                    let _ = log.set_len(before);
+                    return Err(io(e));
+                }
+                Some(before)
+            }
+        };
+        let step = self.apply(round);
+        let Some(store) = self.store.as_mut().filter(|_| before.is_some()) else { return step };
+        match &step {
+            Ok(_) => store.logged += 1,
+            Err(_) => drop(store.log.set_len(before.unwrap_or(0))),
         }
-        let step = self.apply(round)?;
-        if self.store.as_ref().is_some_and(|s| s.logged >= SNAPSHOT) {
-            self.save()?;
+        if store.logged >= SNAPSHOT && step.is_ok() {
+            // The round is learnt and in the log; what could not be written now is written after the next one.
+            if let Err(e) = self.save() {
+                tracing::warn!("{e}");
+            }
         }
-        Ok(step)
+        step
     }
 
     fn check(&self, round: &Round) -> Result<()> {
@@ -300,27 +318,43 @@ impl RewardModel {
         Ok(())
     }
 
+    /// Learns a round; an error changes nothing.
     fn apply(&mut self, round: Round) -> Result<Option<Step>> {
-        self.header.rounds += 1;
-        let warm = !self.scale.is_frozen();
-        round.seen.iter().try_for_each(|f| self.scale.observe(f))?;
-        let asked = round.pair.is_some();
-        let mut step = None;
+        let y = round.pair.as_ref().map(|p| p.2);
+        let (scale, kept) = ((!self.scale.is_frozen()).then(|| self.scale.clone()), self.kept.len());
+        let step = self.advance(round);
+        match step {
+            Ok(step) => {
+                self.header.rounds += 1;
+                if let Some((step, y)) = step.as_ref().zip(y) {
+                    self.header.progress.push(step.probability, y)?;
+                }
+                if self.scale.is_frozen() {
+                    self.kept.clear();
+                }
+                Ok(step)
+            }
+            Err(e) => {
+                self.kept.truncate(kept);
+                self.scale = scale.unwrap_or_else(|| self.scale.clone());
+                Err(e)
+            }
+        }
+    }
+
+    fn advance(&mut self, Round { seen, pair }: Round) -> Result<Option<Step>> {
+        let (warm, asked) = (!self.scale.is_frozen(), pair.is_some());
+        seen.iter().try_for_each(|f| self.scale.observe(f))?;
+        if warm && !seen.is_empty() {
+            self.kept.extend(pair);
+            let (learner, step) = self.relearn(&self.scale)?;
+            self.learner = learner;
+            return Ok(step.filter(|_| asked));
+        }
+        let step =
+            pair.as_ref().map(|Pair(a, b, y)| self.learner.update(&self.scale.difference(a, b), *y)).transpose()?;
         if warm {
-            self.kept.extend(round.pair);
-            (self.learner, step) = self.relearn(&self.scale)?;
-        } else if let Some(Pair(a, b, y)) = &round.pair {
-            step = Some(self.learner.update(&self.scale.difference(a, b), *y)?);
-            self.header.progress.push(step.as_ref().map_or(0.5, |s| s.probability), *y)?;
-            return Ok(step);
-        }
-        let y = self.kept.last().map_or(0.5, |p| p.2);
-        if self.scale.is_frozen() {
-            self.kept.clear();
-        }
-        let step = step.filter(|_| asked);
-        if let Some(step) = &step {
-            self.header.progress.push(step.probability, y)?;
+            self.kept.extend(pair);
         }
         Ok(step)
     }
@@ -348,6 +382,8 @@ impl RewardModel {
     /// The file's.
     pub fn snapshot(&self, path: &Path) -> Result<()> {
         let state = self.learner.state()?;
+        let sound = state.inverse.iter().chain(&state.theta).all(|x| x.is_finite());
+        ensure!(sound, Diverged, "{}: the reward has left the finite numbers: forget less", path.display());
         let (mean, squares) = self.scale.parts();
         let kept: Vec<f32> = self.kept.iter().flat_map(|p| [&p.0[..], &p.1].concat()).collect();
         let labels: Vec<f64> = self.kept.iter().map(|p| p.2).collect();

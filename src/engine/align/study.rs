@@ -74,7 +74,8 @@ impl HeldOut {
     /// Accuracy, log-loss and mean score of the best by these weights.
     pub fn measure(&self, theta: &[f64]) -> (f64, f64, Option<f64>) {
         let dot = |z: &Vec<f64>| z.iter().zip(theta).map(|(a, b)| a * b).sum::<f64>();
-        let n = self.pairs.len().max(1) as f64;
+        // Of nothing there is no share.
+        let n = if self.pairs.is_empty() { f64::NAN } else { self.pairs.len() as f64 };
         let (mut right, mut loss) = (0.0, 0.0);
         for m in self.pairs.iter().map(dot) {
             right += if m > 0.0 {
@@ -152,6 +153,9 @@ pub fn order(n: usize, seed: u64) -> Vec<usize> {
     Rng::stream(seed, ORDER).shuffle(&mut order);
     order
 }
+
+/// Names of [`baselines`].
+pub const BASELINES: [&str; 7] = ["mle", "explicit", "implicit", "sgd", "adam", "hvp", "released"];
 
 /// Something that learns comparisons one at a time.
 trait Learner {
