@@ -185,11 +185,7 @@ fn same_run(common: &Common, a: &ImproveArgs, items: &[Item], held: &[Item]) -> 
     });
     if let Ok(text) = std::fs::read(&path) {
         let was: Value = serde_json::from_slice(&text).unwrap_or_default();
-        let other = is
-            .as_object()
-            .into_iter()
-            .flatten()
-            .find(|(k, v)| was[k.as_str()] != **v && v.to_string() != was[k.as_str()].to_string());
+        let other = is.as_object().into_iter().flatten().find(|(k, v)| was[k.as_str()] != **v);
         if let Some((name, now)) = other {
             let file = path.display();
             bail!(Usage, "{file}: the run that is there had {name} {}, not {now}", was[name.as_str()]);
