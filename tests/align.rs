@@ -45,11 +45,12 @@ fn spec(pool: Pooling, layer: Option<usize>) -> FeatureSpec {
 
 /// A feature depends on prompt and answer alone: not on the answers beside it, their order, what was read before, or whether the
 /// answer has a pass of its own.
-fn features_are_those_of_the_text<B: Train>(be: B, exact: bool) {
+fn features_are_those_of_the_text<B: Train>(be: B, bound: f32) {
     let model = model(be);
     let mut rng = Rng::new(1);
     let (prompt, other) = (ids(&mut rng, 20), ids(&mut rng, 9));
     let all = answers(&mut rng, &[5, 1, 40, 0, 12, 150, 5]);
+    let mut worst = 0f32;
     for pool in [Pooling::Last, Pooling::Mean] {
         for layer in [None, Some(0), Some(1)] {
             let extractor = || Extractor::new(model.clone(), spec(pool, layer), 220).unwrap();
@@ -58,11 +59,13 @@ fn features_are_those_of_the_text<B: Train>(be: B, exact: bool) {
             used.of(&other, &all[..2]).unwrap();
             for (i, a) in all.iter().enumerate().rev() {
                 let alone = used.of(&prompt, std::slice::from_ref(a)).unwrap().remove(0);
-                let near = |x: &f32, y: &f32| if exact { x.to_bits() == y.to_bits() } else { (x - y).abs() < 1e-4 };
-                assert!(alone.iter().zip(&together[i]).all(|(x, y)| near(x, y)), "{pool:?} {layer:?} answer {i}");
+                let off = alone.iter().zip(&together[i]).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+                worst = worst.max(off);
+                assert!(off <= bound, "{pool:?} {layer:?} answer {i}: off by {off}");
             }
         }
     }
+    println!("greatest difference {worst:e}");
     let unit = FeatureSpec { unit: true, ..FeatureSpec::default() };
     let feature = Extractor::new(model.clone(), unit, 64).unwrap().of(&prompt, &all[..1]).unwrap().remove(0);
     assert!((feature.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
@@ -76,19 +79,20 @@ fn features_are_those_of_the_text<B: Train>(be: B, exact: bool) {
 #[test]
 fn features_are_those_of_the_text_on_the_cpu() {
     for compute in [Compute::Fast, Compute::Exact] {
-        features_are_those_of_the_text(Cpu::with(2, Tier::detect(), compute), true);
+        features_are_those_of_the_text(Cpu::with(2, Tier::detect(), compute), 0.0);
     }
 }
 
 #[test]
 fn features_are_those_of_the_text_in_f64() {
-    features_are_those_of_the_text(Naive, false);
+    features_are_those_of_the_text(Naive, 1e-5);
 }
 
 #[test]
 fn cuda_features_are_those_of_the_text() {
     if let Some(gpu) = common::gpu() {
-        features_are_those_of_the_text(gpu, false);
+        // Operands are bf16, and a tensor core sums keys in the order in which they lie: branches of one tree lie otherwise than a branch alone.
+        features_are_those_of_the_text(gpu, 0.1);
     }
 }
 
